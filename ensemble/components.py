@@ -1,0 +1,302 @@
+"""The contracts of every component, in dataflow order; config.pbtxt, ONNX graphs, samples and docs are derived from them.
+
+    frames ─► vision_encoder / image_encoder ─► visual tokens ─► language_model ─► text, [SEG] / [BOX] embeddings
+       ├────► proposal_detector ─► boxes, features ─► proposal_selector ◄──────────┘
+       └────► frame_encoder ─► tracker [ memory_attention ─► mask_decoder ─► memory_encoder ] ─► masks
+"""
+
+from __future__ import annotations
+
+from . import settings
+from .config import ModelConfig
+from .tensors import Component, Dim, TensorSpec, Tolerance
+
+IMAGES = Dim("images", 1, 1, 16)
+FRAMES = Dim("frames", 1, 1, settings.MAX_FRAME_BATCH)
+CLIP_FRAMES = Dim("clip_frames", 1, 16, settings.MAX_FRAMES)
+TOKENS = Dim("tokens", 1, 16, 8192)
+SEQUENCES = Dim("sequences", 1, 1, settings.MAX_GENERATIONS)
+SLOTS = Dim("slots", 1, 4096, 8192)
+STATES = Dim("states", 1, 1, settings.MAX_NEW_TOKENS)
+EMBEDDINGS = Dim("embeddings", 1, 1, settings.MAX_SESSIONS * settings.MAX_OBJECTS)
+OBJECTS = Dim("objects", 1, 1, settings.MAX_SESSIONS * settings.MAX_OBJECTS)
+PROMPTS = Dim("prompts", 1, 3, 16)
+MEMORIES = Dim("memories", 1, 7, 7)
+POINTERS = Dim("pointers", 1, 16, 16)
+HEIGHT = Dim("height", settings.MIN_FRAME_SIDE, 480, settings.MAX_FRAME_SIDE)
+WIDTH = Dim("width", settings.MIN_FRAME_SIDE, 854, settings.MAX_FRAME_SIDE)
+SESSION_HEIGHT = Dim("height", 0, 480, settings.MAX_FRAME_SIDE)
+SESSION_WIDTH = Dim("width", 0, 854, settings.MAX_FRAME_SIDE)
+SESSION_OBJECTS = Dim("session_objects", 0, 1, settings.MAX_OBJECTS)
+BOXES = Dim("boxes", 0, 1, settings.MAX_OBJECTS * settings.MAX_SELECTED_BOXES)
+ANY_OBJECTS = Dim("objects", 0, 1, settings.MAX_NEW_TOKENS)
+ANY_BOXES = Dim("boxes", 0, 1, settings.MAX_NEW_TOKENS * settings.MAX_SELECTED_BOXES)
+MASK_BYTES = Dim("mask_bytes", 0, 51240, settings.MAX_FRAME_SIDE**2 // 8)
+TARGET_ROWS = Dim("target_rows", 1, 1, 65536)
+TARGET_TOKENS = Dim("target_tokens", 0, settings.TARGET_TOKENS, settings.TARGET_TOKENS)
+NEW_TOKENS = Dim("new_tokens", 0, 1, settings.MAX_NEW_TOKENS)
+
+ABSENT, PAD, NEGATIVE, POSITIVE, TOP_LEFT, BOTTOM_RIGHT, TEXT = -2, -1, 0, 1, 2, 3, 4
+"""Values of `prompt_labels`. SAM's labels, and two of ours: TEXT puts the text embedding in that slot, ABSENT masks it out."""
+
+RECURRENT = Tolerance(2e-3, "softmax over thousands of keys amplifies float32 summation order")
+
+
+def components(config: ModelConfig) -> dict[str, Component]:
+    """The contracts at one size of the model, by name, in dataflow order."""
+    context, video, language, sam2, proposer = config.context, config.video, config.language, config.sam2, config.proposer
+    visual_width, dim, grid = language.width, sam2.width, sam2.grid
+
+    frame_tensors = (
+        TensorSpec("frame_embeddings", "float32", (FRAMES, dim, grid, grid), "stride-16 features, without no_mem_embed"),
+        TensorSpec("high_res_1", "float32", (FRAMES, dim // 4, 2 * grid, 2 * grid), "stride-8 features, after conv_s1"),
+        TensorSpec("high_res_0", "float32", (FRAMES, dim // 8, 4 * grid, 4 * grid), "stride-4 features, after conv_s0"),
+    )
+    one_frame = tuple(TensorSpec(spec.name, spec.dtype, (1, *spec.shape[1:]), spec.doc) for spec in frame_tensors)
+    proposals = (
+        TensorSpec("proposal_boxes", "float32", (proposer.topk, 4), "xyxy, normalised, not clamped"),
+        TensorSpec("proposal_features", "float32", (proposer.topk, proposer.width), "last decoder states"),
+        TensorSpec("proposal_scores", "float32", (proposer.topk,), "0..1, descending"),
+    )
+    object_frame = TensorSpec("object_frame", "int64", (OBJECTS,), "Index of the frame that each object is on.", below=FRAMES)
+    cache_shape = (language.layers, SEQUENCES, language.heads, SLOTS, language.width // language.heads)
+    embedding = TensorSpec("token_embeddings", "float32", (SEQUENCES, TOKENS, visual_width), "text and visual tokens")
+
+    graphs = [
+        Component(
+            "vision_encoder",
+            "CLIP and InternVideo2 features of a clip, projected, pooled and merged (spec 1.3-1.5).",
+            (
+                TensorSpec("video_frames", "float32", (config.num_frames, 3, video.image_size, video.image_size), "ImageNet-normalised"),
+                TensorSpec("context_frames", "float32", (config.num_frames, 3, context.image_size, context.image_size), "CLIP-normalised"),
+            ),
+            (TensorSpec("visual_tokens", "float32", (config.video_tokens, visual_width), "context tokens of all frames, then video tokens"),),
+        ),
+        Component(
+            "image_encoder",
+            "CLIP features of images, projected (spec 1.5, 1.7).",
+            (TensorSpec("context_frames", "float32", (IMAGES, 3, context.image_size, context.image_size), "CLIP-normalised"),),
+            (TensorSpec("image_tokens", "float32", (IMAGES, config.context_tokens, visual_width), "row-major patches"),),
+        ),
+        Component(
+            "token_embedder",
+            "Rows of the embedding table.",
+            (TensorSpec("token_ids", "int64", (TOKENS,), "vocabulary indices", below=language.vocab_size),),
+            (TensorSpec("token_embeddings", "float32", (TOKENS, visual_width), "one row per id"),),
+            part_of="language_model",
+        ),
+        Component(
+            "language_decoder",
+            "Phi-3 over new tokens and a static key/value cache (spec 3).",
+            (
+                embedding,
+                TensorSpec("positions", "int64", (SEQUENCES, TOKENS), "Cache slot that each token is written to.", below=SLOTS),
+                TensorSpec("key_cache", "float32", cache_shape, "keys of slots below the first position"),
+                TensorSpec("value_cache", "float32", cache_shape, "values of slots below the first position"),
+            ),
+            (
+                TensorSpec("logits", "float32", (SEQUENCES, language.vocab_size), "next-token scores after the last token"),
+                TensorSpec("final_states", "float32", (SEQUENCES, visual_width), "final-norm state of the last token"),
+                TensorSpec("new_key_cache", "float32", cache_shape, "key_cache with the new tokens"),
+                TensorSpec("new_value_cache", "float32", cache_shape, "value_cache with the new tokens"),
+            ),
+            part_of="language_model",
+        ),
+        Component(
+            "prompt_projector",
+            "text_hidden_fcs: states that emitted [SEG] or [BOX] to prompt embeddings (spec 3.3).",
+            (TensorSpec("final_states", "float32", (STATES, visual_width), "final-norm states"),),
+            (TensorSpec("prompt_embeddings", "float32", (STATES, dim), "as the mask decoder and the selector take them"),),
+            part_of="language_model",
+        ),
+        Component(
+            "proposal_detector",
+            "DDETR-SAM2: class-agnostic boxes of frame 0 (spec 4).",
+            (TensorSpec("proposal_image", "float32", (1, 3, proposer.image_size, proposer.image_size), "ImageNet-normalised"),),
+            proposals,
+            tolerance=Tolerance(1e-3, "two top-k selections; boxes follow ranks, not values"),
+        ),
+        Component(
+            "proposal_selector",
+            "Scores every proposal against every [BOX] or [SEG] embedding (spec 5.1, 5.2).",
+            (
+                TensorSpec("prompt_embeddings", "float32", (STATES, dim), "[BOX] embeddings, or [SEG] where there are none"),
+                *proposals,
+                *one_frame,
+            ),
+            (
+                TensorSpec("selector_logits", "float32", (STATES, proposer.topk), "attention logits plus log score (A_old)"),
+                TensorSpec("roi_logits", "float32", (STATES, proposer.topk), "region-of-interest logits"),
+                TensorSpec("refined_embeddings", "float32", (STATES, dim), "prompt embeddings plus fused proposal features"),
+            ),
+        ),
+        Component(
+            "frame_encoder",
+            "SAM2 image encoder: one encode serves every prompt and object of a frame (spec 6.1).",
+            (TensorSpec("grounding_frames", "float32", (FRAMES, 3, sam2.image_size, sam2.image_size), "SAM-normalised"),),
+            frame_tensors,
+            serving="batched_graph",
+        ),
+        Component(
+            "memory_attention",
+            "Conditions a frame on each object's memories and pointers (spec 7.5).",
+            (
+                frame_tensors[0],
+                object_frame,
+                TensorSpec("memory_maps", "float32", (OBJECTS, MEMORIES, sam2.memory_width, grid, grid), "memory features, any order"),
+                TensorSpec(
+                    "memory_rows",
+                    "int64",
+                    (OBJECTS, MEMORIES),
+                    "Temporal row of each map: 6 conditioning, d-1 for d frames ago, -1 absent.",
+                    below=sam2.num_maps,
+                    above=-1,
+                ),
+                TensorSpec("object_pointers", "float32", (OBJECTS, POINTERS, dim), "pointers, any order"),
+                TensorSpec("pointer_present", "bool", (OBJECTS, POINTERS), "False: that pointer is masked out"),
+            ),
+            (TensorSpec("conditioned_embeddings", "float32", (OBJECTS, dim, grid, grid), "what mask_decoder takes from frame 1 on"),),
+            tolerance=RECURRENT,
+        ),
+        Component(
+            "mask_decoder",
+            "Prompts to one mask per object, with SAM2's choice among mask tokens (spec 6.2, 6.3, 7.3, appendix B).",
+            (
+                TensorSpec("image_embeddings", "float32", (EMBEDDINGS, dim, grid, grid), "frame or conditioned embeddings"),
+                *frame_tensors[1:],
+                TensorSpec("object_embedding", "int64", (OBJECTS,), "Index of each object's image embedding.", below=EMBEDDINGS),
+                object_frame,
+                TensorSpec("has_memory", "bool", (OBJECTS,), "False: the embedding is a frame's own and gets no_mem_embed"),
+                TensorSpec("multimask", "bool", (OBJECTS,), "True: best of masks 1-3 by predicted IoU; False: mask 0 unless unstable"),
+                TensorSpec("prompt_points", "float32", (OBJECTS, PROMPTS, 2), "x, y in pixels of the square grounding frame"),
+                TensorSpec(
+                    "prompt_labels",
+                    "int64",
+                    (OBJECTS, PROMPTS),
+                    "-2 absent, -1 pad, 0 negative, 1 positive, 2 top left, 3 bottom right, 4 text.",
+                    below=TEXT + 1,
+                    above=ABSENT,
+                ),
+                TensorSpec("text_embeddings", "float32", (OBJECTS, dim), "read where a label is 4"),
+                TensorSpec("mask_prompts", "float32", (OBJECTS, sam2.low_res, sam2.low_res), "earlier logits, read where has_mask_prompt"),
+                TensorSpec("has_mask_prompt", "bool", (OBJECTS,), "False: no_mask_embed instead"),
+            ),
+            (
+                TensorSpec("mask_logits", "float32", (OBJECTS, sam2.low_res, sam2.low_res), "> 0 is the object; not gated by object_scores"),
+                TensorSpec("predicted_iou", "float32", (OBJECTS,), "the decoder's own estimate, 0..1"),
+                TensorSpec("object_scores", "float32", (OBJECTS,), "> 0: the object is in the frame"),
+                TensorSpec("object_pointers", "float32", (OBJECTS, dim), "no_obj_ptr where the score is not positive"),
+            ),
+            tolerance=RECURRENT,
+        ),
+        Component(
+            "memory_encoder",
+            "A frame and an object's mask to a memory map, rounded to bfloat16 as the original stores it (spec 7.4).",
+            (
+                frame_tensors[0],
+                object_frame,
+                TensorSpec("mask_logits", "float32", (OBJECTS, sam2.low_res, sam2.low_res), "gated logits"),
+                TensorSpec("prompted", "bool", (OBJECTS,), "True: the mask is binarised first, as on a conditioning frame"),
+            ),
+            (TensorSpec("memory_maps", "float32", (OBJECTS, sam2.memory_width, grid, grid), "values representable in bfloat16"),),
+            tolerance=Tolerance(1e-2, "one bfloat16 ulp (2^-8) where float32 noise crosses a rounding boundary"),
+        ),
+    ]
+
+    session_frame = TensorSpec("frame", "uint8", (SESSION_HEIGHT, SESSION_WIDTH, 3), "RGB; 0 by 0 with END closes the session only")
+    tracked_objects = (
+        TensorSpec("text_embeddings", "float32", (SESSION_OBJECTS, dim), "[SEG] embeddings; START only", optional=True),
+        TensorSpec("boxes", "float32", (BOXES, 4), "xyxy, normalised; START only", optional=True),
+        TensorSpec("box_objects", "int32", (BOXES,), "Object of each box, 0..; START only.", optional=True, below=settings.MAX_OBJECTS),
+    )
+    tracked_masks = (
+        TensorSpec("mask_rle", "string", (ANY_OBJECTS,), "COCO compressed RLE counts of each object's mask; with mask_format rle"),
+        TensorSpec("mask_bits", "uint8", (ANY_OBJECTS, MASK_BYTES), "each mask's H*W bits, big-endian rows; with mask_format bits"),
+        TensorSpec("predicted_iou", "float32", (ANY_OBJECTS,), "the decoder's own estimate, 0..1"),
+        TensorSpec("object_scores", "float32", (ANY_OBJECTS,), "> 0: the object is in the frame"),
+        TensorSpec("visible", "bool", (ANY_OBJECTS,), "the mask is not empty and the score is positive"),
+    )
+    frame_size = TensorSpec("frame_size", "int32", (2,), "height and width of the caller's frame; 0, 0 closes the session only")
+    one_tracked_frame = tuple(TensorSpec(spec.name, spec.dtype, spec.shape[1:], spec.doc) for spec in frame_tensors)
+
+    served = [
+        Component(
+            "sparrow",
+            "A question about a clip or an image to text and masks, streamed (public).",
+            (
+                TensorSpec("prompt", "string", (1,), "the question, UTF-8"),
+                TensorSpec("frames", "uint8", (CLIP_FRAMES, HEIGHT, WIDTH, 3), "RGB frames", optional=True),
+                TensorSpec("encoded_frames", "string", (CLIP_FRAMES,), "JPEG or PNG files, instead of frames", optional=True),
+                TensorSpec("target_boxes", "float32", (TARGET_ROWS, 4), "pixels, xyxy or xywh, a row per frame (spec 1.7)", optional=True),
+                TensorSpec("target_crop", "uint8", (HEIGHT, WIDTH, 3), "RGB picture of the target, instead of target_boxes", optional=True),
+            ),
+            (
+                TensorSpec("text", "string", (1,), "next piece of the answer"),
+                TensorSpec("phrases", "string", (ANY_OBJECTS,), "words of the answer that name each object"),
+                TensorSpec("text_embeddings", "float32", (ANY_OBJECTS, dim), "[SEG] embeddings, as sparrow_track takes them"),
+                TensorSpec("selected_boxes", "float32", (ANY_BOXES, 4), "xyxy, normalised, before the prior filter"),
+                TensorSpec("selected_box_objects", "int32", (ANY_BOXES,), "object of each selected box"),
+                TensorSpec("boxes", "float32", (ANY_BOXES, 4), "the selected boxes that the prior filter kept, as sparrow_track takes them"),
+                TensorSpec("box_objects", "int32", (ANY_BOXES,), "object of each box"),
+                TensorSpec("frame_idx", "int32", (1,), "frame of the masks in this response"),
+                *tracked_masks,
+                TensorSpec("summary", "string", (1,), "JSON, last response: answer, branch, video_init, frame_size, timings_ms"),
+            ),
+            serving="stream",
+            calls=(
+                "vision_encoder",
+                "image_encoder",
+                "language_model",
+                "proposal_detector",
+                "proposal_selector",
+                "frame_encoder",
+                "mask_decoder",
+                "tracker",
+            ),
+        ),
+        Component(
+            "language_model",
+            "Tokenizer, prefill and decode; one request per decoded token, START carries the prompt.",
+            (
+                TensorSpec("num_tokens", "int32", (1,), "Tokens to decode; 0 with END frees the sequence.", below=settings.MAX_NEW_TOKENS + 1),
+                TensorSpec("prompt", "string", (1,), "user's text; START only", optional=True),
+                TensorSpec("visual_tokens", "float32", (TOKENS, visual_width), "START only", optional=True),
+                TensorSpec("target_tokens", "float32", (TARGET_TOKENS, visual_width), "START only", optional=True),
+            ),
+            (
+                TensorSpec("text", "string", (1,), "piece of the answer, valid UTF-8"),
+                TensorSpec("token_ids", "int32", (NEW_TOKENS,), "decoded tokens"),
+                TensorSpec("prompt_embeddings", "float32", (NEW_TOKENS, dim), "prompt_projector of the state that emitted each token"),
+                TensorSpec("final_states", "float32", (NEW_TOKENS, visual_width), "that state"),
+                TensorSpec("finished", "bool", (1,), "an end token was decoded or the cache is full"),
+            ),
+            serving="sequence",
+        ),
+        Component(
+            "frame_preprocessor",
+            "A caller's frame to the encoder's input (spec 1.2).",
+            (session_frame,),
+            (
+                TensorSpec("grounding_frames", "float32", (FRAMES, 3, sam2.image_size, sam2.image_size), "SAM-normalised"),
+                TensorSpec("frame_size", "int32", (FRAMES, 2), "height and width"),
+            ),
+            serving="function",
+        ),
+        Component(
+            "tracker",
+            "One frame of tracking sessions; memories stay inside (spec 7).",
+            (*one_tracked_frame, frame_size, *tracked_objects),
+            tracked_masks,
+            serving="sequence",
+            calls=("memory_attention", "mask_decoder", "memory_encoder"),
+        ),
+        Component(
+            "sparrow_track",
+            "One request per frame, one correlation id per tracking session (public).",
+            (session_frame, *tracked_objects),
+            tracked_masks,
+            serving="ensemble",
+            calls=("frame_preprocessor", "frame_encoder", "tracker"),
+        ),
+    ]
+    return {component.name: component for component in (*graphs, *served)}

@@ -1,0 +1,81 @@
+"""Every number that is not a size of the model, with its origin ("spec" is the model specification that ADR 0002 summarises)."""
+
+# Input frames --------------------------------------------------------------------------------------------------------
+MIN_FRAME_SIDE = 8
+"""px; below it a resized frame would hold less than one patch of picture."""
+MAX_FRAME_SIDE = 4096
+"""px; 4K video fits, and one frame stays under 50 MB."""
+MAX_FRAMES = 64
+"""Frames of one clip that `sparrow` answers at once (spec 1.1)."""
+MAX_ENCODED_FRAME_BYTES = 64 << 20
+"""A JPEG or PNG of the largest frame stays well below."""
+VIDEO_SAMPLE_FPS = 1
+"""Frames per second taken from a video file (spec 1.1)."""
+
+# Normalisation, per RGB channel (spec 1.2) ---------------------------------------------------------------------------
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SAM_MEAN = (123.675, 116.28, 103.53)
+SAM_STD = (58.395, 57.12, 57.375)
+
+# Prompt and answer ---------------------------------------------------------------------------------------------------
+MAX_PROMPT_TOKENS = 512
+"""Tokens of the user's text with its template; keeps prompt and answer of a video within the key/value cache."""
+MAX_NEW_TOKENS = 1024
+"""Longest answer (spec 9, --max_new_tokens)."""
+MAX_GENERATIONS = 8
+"""Answers decoded together; each holds one slot of the key/value cache."""
+GENERATION_IDLE_S = 30
+"""An answer whose next step is not asked for within this time is dropped."""
+
+# Target-specific features (spec 1.7) ---------------------------------------------------------------------------------
+TARGET_TOKENS = 4
+"""--tsf_k"""
+TARGET_KMEANS_STEPS = 8
+"""--tsf_kmeans_iters"""
+
+# Proposals and their selection (spec 4.3, 5) -------------------------------------------------------------------------
+COCO_SCORE_POWER, SA1B_SCORE_POWER = 0.3, 0.7
+"""--proposal_score_power"""
+SELECTION_THRESHOLD = 0.4
+"""--proposal_score_threshold"""
+MAX_SELECTED_BOXES = 16
+"""max_selected_boxes_per_token"""
+ROI_FUSION_GAMMA = 0.1
+"""--roi_fusion_init; the scalar in the checkpoint is never loaded by the original (spec 5.4)."""
+BOX_PRIOR_MIN_SCORE = 0.35
+BOX_PRIOR_MAX_KEEP = 4
+"""chat.py; every evaluation script of the original keeps 1."""
+PRIOR_MASK_SIZE = 256
+"""px; side of the masks that box priors are scored on."""
+
+# Masks ---------------------------------------------------------------------------------------------------------------
+STABILITY_DELTA, STABILITY_THRESHOLD = 0.05, 0.98
+"""dynamic_multimask_via_stability (spec 6.3)"""
+NO_OBJECT_LOGIT = -1024.0
+"""Mask logit of an object whose score is not positive (sam2_base.py NO_OBJ_SCORE)."""
+MASK_PROMPT_CLAMP = 32.0
+"""Bound of the logits that go back into the decoder as a prompt (sam2_video_predictor.py)."""
+MEMORY_MASK_SCALE, MEMORY_MASK_BIAS = 20.0, -10.0
+"""sigmoid_scale_for_mem_enc, sigmoid_bias_for_mem_enc (sam2_hiera_l.yaml)"""
+
+# Tracked memory ------------------------------------------------------------------------------------------------------
+MAX_RECENT_POINTERS = 15
+"""max_obj_ptrs_in_encoder less the conditioning frame's (sam2_base.py)"""
+
+# Sessions ------------------------------------------------------------------------------------------------------------
+MAX_SESSIONS = 16
+MAX_OBJECTS = 16
+"""Objects of one session."""
+SESSION_IDLE_S = 60
+"""A tracking session without a frame for this long is closed."""
+BATCH_DELAY_US = 500
+"""How long a frame waits for frames of other sessions to share its step."""
+MAX_FRAME_BATCH = 8
+"""Frames of different sessions in one encoder call."""
+MAX_REQUESTS = 8
+"""Clips that `sparrow` works on at once; more wait in Triton's queue."""
+FRAMES_AHEAD = 2
+"""Frames encoded before the tracker asks for them; bounds the memory of a long clip."""
