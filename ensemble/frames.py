@@ -1,0 +1,142 @@
+"""Caller's frames to the inputs of the encoders, exactly as the original does it (spec 1.1, 1.2, 4.1)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from . import settings
+from .config import ModelConfig
+from .errors import InvalidInput
+from .tensors import Array
+
+
+def encoder_indices(num_frames: int, wanted: int) -> list[int]:
+    """Which of `num_frames` frames the vision towers see: evenly spaced, or all with the last one repeated (spec 1.1)."""
+    if num_frames > wanted:
+        return [int(index) for index in np.linspace(0, num_frames - 1, wanted, dtype=int)]
+    return [*range(num_frames), *[num_frames - 1] * (wanted - num_frames)]
+
+
+def check_frame_size(height: int, width: int, where: str) -> None:
+    """Raises InvalidInput when a side is out of range; `where` names the input."""
+    low, high = settings.MIN_FRAME_SIDE, settings.MAX_FRAME_SIDE
+    if not (low <= height <= high and low <= width <= high):
+        raise InvalidInput(f"{where}: got a frame of {height}x{width} px, expected {low}..{high} px a side. Resize it.")
+
+
+def decode_frames(files: Sequence[bytes], where: str) -> Array:
+    """JPEG or PNG files to frames.
+
+    Returns:
+        [T, H, W, 3] uint8 RGB.
+    Raises:
+        InvalidInput: a file is not a picture, is too large, or differs in size from the first.
+    """
+    frames: list[Array] = []
+    for index, file in enumerate(files):
+        try:
+            with Image.open(io.BytesIO(file), formats=("JPEG", "PNG")) as picture:
+                check_frame_size(picture.height, picture.width, f"{where}[{index}]")
+                frame = np.asarray(picture.convert("RGB"))
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise InvalidInput(f"{where}[{index}]: got {len(file)} bytes that are no readable JPEG or PNG ({error}). Encode it again.") from error
+        if frames and frame.shape != frames[0].shape:
+            got, expected = "x".join(map(str, frame.shape[:2])), "x".join(map(str, frames[0].shape[:2]))
+            raise InvalidInput(f"{where}[{index}]: got {got} px, expected {expected} px as the first frame. Send frames of one size.")
+        frames.append(frame)
+    return np.stack(frames)
+
+
+def context_frame(frame: Array, config: ModelConfig) -> Array:
+    """CLIP input: bicubic resize of the short side, centre crop, normalise.
+
+    Args:
+        frame: [H, W, 3] uint8 RGB.
+    Returns:
+        [3, S, S] float32, S = config.context.image_size.
+    """
+    size = config.context.image_size
+    height, width = frame.shape[:2]
+    short = min(height, width)
+    resized = Image.fromarray(frame).resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
+    top, left = (resized.height - size) // 2, (resized.width - size) // 2
+    crop = np.asarray(resized)[top : top + size, left : left + size]
+    scaled = (crop * (1 / 255)).astype(np.float32)
+    return normalise(scaled, np.float32(settings.CLIP_MEAN), np.float32(settings.CLIP_STD))
+
+
+def video_frame(frame: Array, config: ModelConfig) -> Array:
+    """InternVideo2 input: bilinear stretch on uint8, normalise in float64.
+
+    Args:
+        frame: [H, W, 3] uint8 RGB.
+    Returns:
+        [3, S, S] float32, S = config.video.image_size.
+    """
+    size = config.video.image_size
+    resized = cv2.resize(frame, (size, size), interpolation=cv2.INTER_LINEAR)
+    return normalise(resized / 255.0, np.float64(settings.IMAGENET_MEAN), np.float64(settings.IMAGENET_STD)).astype(np.float32)
+
+
+def grounding_frame(frame: Array, config: ModelConfig) -> Array:
+    """SAM2 input: antialiased bilinear resize of the long side on uint8, normalise, bilinear stretch to a square.
+
+    Args:
+        frame: [H, W, 3] uint8 RGB.
+    Returns:
+        [3, S, S] float32, S = config.sam2.image_size.
+    """
+    size = config.sam2.image_size
+    height, width = frame.shape[:2]
+    scale = size / max(height, width)
+    resized = Image.fromarray(frame).resize((int(width * scale + 0.5), int(height * scale + 0.5)), Image.Resampling.BILINEAR)
+    normal = normalise(np.float32(resized), np.float32(settings.SAM_MEAN), np.float32(settings.SAM_STD))
+    return stretch(stretch(normal, 1, size), 2, size)
+
+
+def stretch(x: Array, axis: int, size: int) -> Array:
+    """Linear interpolation along one axis, half-pixel centres, edges clamped, no antialiasing (torch `interpolate`)."""
+    old = x.shape[axis]
+    if old == size:
+        return x
+    source = np.maximum((np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(old / size) - np.float32(0.5), 0)
+    low = source.astype(np.int64)
+    high = np.minimum(low + 1, old - 1)
+    weight = (source - low).reshape([-1 if axis == other else 1 for other in range(x.ndim)])
+    return (1 - weight) * x.take(low, axis) + weight * x.take(high, axis)
+
+
+def proposal_image(grounding: Array, config: ModelConfig) -> Array:
+    """The proposer's picture, rebuilt from the grounding frame as the original does: denormalise, round, bicubic resize.
+
+    Args:
+        grounding: [3, S, S] float32 from `grounding_frame`.
+    Returns:
+        [P, P, 3] uint8 RGB, P = config.proposer.image_size.
+    """
+    pixels = grounding.transpose(1, 2, 0) * np.float32(settings.SAM_STD) + np.float32(settings.SAM_MEAN)
+    picture = Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
+    return np.asarray(picture.resize((config.proposer.image_size,) * 2, Image.Resampling.BICUBIC))
+
+
+def proposal_frame(picture: Array) -> Array:
+    """Proposer input.
+
+    Args:
+        picture: [P, P, 3] uint8 RGB from `proposal_image`.
+    Returns:
+        [1, 3, P, P] float32.
+    """
+    scaled = (picture * (1 / 255)).astype(np.float32)
+    return normalise(scaled, np.float32(settings.IMAGENET_MEAN), np.float32(settings.IMAGENET_STD))[None]
+
+
+def normalise(pixels: Array, mean: Array, std: Array) -> Array:
+    """(pixels - mean) / std and channels first: [H, W, 3] -> [3, H, W]."""
+    normal: Array = ((pixels - mean) / std).transpose(2, 0, 1)
+    return np.ascontiguousarray(normal)

@@ -1,0 +1,78 @@
+"""The golden packs: what the original computes, read from the folder named by SPARROW_GOLDENS (default ../shared/goldens)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from export.checkpoints import Checkpoint
+
+ROOT = Path(os.environ.get("SPARROW_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
+PACKS = sorted(path.parent.name for path in ROOT.glob("*/ckpt"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request of a pack with everything the original computed for it."""
+
+    pack: str
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / self.pack / "cases" / self.name
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        return json.loads((self.folder / "case.json").read_text())  # type: ignore[no-any-return]
+
+    @cached_property
+    def expected(self) -> dict[str, np.ndarray]:
+        with np.load(self.folder / "expected.npz") as arrays:
+            return dict(arrays)
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """[T, H, W, 3] uint8."""
+        files = sorted((ROOT / self.pack / self.meta["frames"]).glob("*.png"))
+        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+
+    @property
+    def is_video(self) -> bool:
+        return bool(self.meta["type"] == "video")
+
+    @cached_property
+    def proposer_image(self) -> np.ndarray:
+        """[448, 448, 3] uint8: exactly what the original's proposer received."""
+        return np.asarray(Image.open(self.folder / "proposer_input_448.png").convert("RGB"))
+
+    def __str__(self) -> str:
+        return f"{self.pack}-{self.name}"
+
+
+CASES = [Case(pack, path.name) for pack in PACKS for path in sorted((ROOT / pack / "cases").iterdir())]
+
+_checkpoints: dict[str, Checkpoint] = {}
+
+
+def checkpoint(pack: str) -> Checkpoint:
+    """The checkpoint of a pack, opened once."""
+    if pack not in _checkpoints:
+        _checkpoints[pack] = Checkpoint(ROOT / pack / "ckpt")
+    return _checkpoints[pack]
+
+
+def parametrize_cases(condition: Any = lambda case: True) -> pytest.MarkDecorator:
+    """Runs a test on every golden case that satisfies `condition`; skipped with one clear line where there are no packs."""
+    cases = [case for case in CASES if condition(case)]
+    if not cases:
+        return pytest.mark.skip(f"no golden packs in {ROOT}; name their folder in SPARROW_GOLDENS")
+    return pytest.mark.parametrize("case", cases, ids=str)
