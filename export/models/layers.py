@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -51,3 +52,59 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         return self.layers[-1](x)  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with a projection per operand (sam/transformer.py Attention).
+
+    Args:
+        width: channels of the queries and of the result.
+        heads: how many heads share `inner` channels.
+        inner: channels of the projected operands.
+        key_width: channels of keys and values; `width` where not given.
+    """
+
+    def __init__(self, width: int, heads: int, inner: int, key_width: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, inner)
+        self.k_proj = nn.Linear(key_width or width, inner)
+        self.v_proj = nn.Linear(key_width or width, inner)
+        self.out_proj = nn.Linear(inner, width)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Projects, then `attend`."""
+        return self.attend(self.q_proj(q), self.k_proj(k), self.v_proj(v), mask)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention of projected operands.
+
+        Args:
+            q: [N, S, inner]
+            k, v: [N, K, inner]
+            mask: [N, 1, 1, K] bool; True where a key may be attended.
+        Returns:
+            [N, S, width]
+        """
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [N, S, C] -> [N, heads, S, C / heads]
+        x = F.scaled_dot_product_attention(q, k, v, mask)
+        out: Tensor = self.out_proj(x.transpose(1, 2).flatten(2))  # [N, heads, S, C / heads] -> [N, S, C]
+        return out
+
+
+def sine_positions(grid: int, width: int) -> Tensor:
+    """Where each cell of a square map lies, as sines and cosines (position_encoding.py PositionEmbeddingSine).
+
+    Returns:
+        [grid, grid, width] float32; the first half of the channels follows the row, the second the column.
+    """
+    half = width // 2
+    channel = torch.arange(half)
+    angle = torch.arange(1, grid + 1)[:, None] / (grid + 1e-6) * 2 * math.pi / 10000 ** (channel // 2 * 2 / half)  # [grid, half]
+    line = torch.where(channel % 2 == 0, angle.sin(), angle.cos())
+    return torch.cat([line[:, None].expand(-1, grid, -1), line.expand(grid, -1, -1)], -1)
+
+
+def small_random(*shape: int) -> nn.Parameter:
+    """A learned table before it is trained or loaded."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
