@@ -1,0 +1,159 @@
+"""The decode loop: several answers at once, one token of each per step (spec 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from . import settings
+from .components import components
+from .config import ModelConfig
+from .errors import InvalidInput, SparrowError
+from .prompt import check_prompt, prompt_parts
+from .runner import SequenceRequest
+from .sessions import SessionStore
+from .tensors import Array, Arrays
+from .tokenizer import Tokenizer
+
+
+NO_SLOT = -1
+
+
+class Decoder(Protocol):
+    """The language model over a key/value cache with a fixed number of slots, one per answer."""
+
+    def embed(self, token_ids: list[int]) -> Array:
+        """[S, H] float32 rows of the embedding table."""
+
+    def prefill(self, slot: int, embeddings: Array) -> tuple[Array, Array]:
+        """Fills an empty slot with [S, H] embeddings; logits [V] and final-norm state [H] after the last one."""
+
+    def decode(self, slots: list[int], token_ids: list[int]) -> tuple[Array, Array]:
+        """Appends one token to each of n slots; logits [n, V] and final-norm states [n, H]."""
+
+    def project(self, states: Array) -> Array:
+        """text_hidden_fcs: [n, H] -> [n, C]."""
+
+
+@dataclass
+class Answer:
+    """An answer in the making."""
+
+    slot: int
+    length: int
+    """Cache positions in use."""
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    """What has been returned of it."""
+    finished: bool = False
+
+
+@dataclass
+class Turn:
+    """A request of the running step and what it has decoded so far."""
+
+    answer: Answer
+    num_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    states: list[Array] = field(default_factory=list)
+
+    @property
+    def waiting(self) -> bool:
+        return not self.answer.finished and len(self.token_ids) < self.num_tokens
+
+
+class LanguageModel:
+    """The server of the component `language_model`.
+
+    Args:
+        config: sizes of the model.
+        tokenizer: of the checkpoint.
+        decoder: with settings.MAX_GENERATIONS slots.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, decoder: Decoder) -> None:
+        self._config, self._tokenizer, self._decoder = config, tokenizer, decoder
+        self._contract = components(config)["language_model"]
+        self.sessions: SessionStore[Answer] = SessionStore("language_model", settings.MAX_GENERATIONS, settings.GENERATION_IDLE_S)
+
+    def step(self, requests: list[SequenceRequest]) -> list[Arrays | SparrowError]:
+        """Decodes the tokens that each request asks for, all answers together; a bad request fails alone."""
+        results: dict[int, Arrays | SparrowError] = {}
+        turns: dict[int, Turn] = {}
+        for position, request in enumerate(requests):
+            try:
+                turns[position] = self._begin(request)
+            except SparrowError as error:
+                results[position] = error
+        while waiting := [turn for turn in turns.values() if turn.waiting]:
+            logits, states = self._decoder.decode([turn.answer.slot for turn in waiting], [turn.answer.token_ids[-1] for turn in waiting])
+            for turn, row, state in zip(waiting, logits, states, strict=True):
+                turn.answer.length += 1
+                self._accept(turn, row, state)
+        results |= {position: self._respond(turn) for position, turn in turns.items()}
+        for position, request in enumerate(requests):
+            if request.end or (request.start and isinstance(results[position], SparrowError)):
+                self.sessions.close(request.session_id)
+        return [results[position] for position in range(len(requests))]
+
+    def _begin(self, request: SequenceRequest) -> Turn:
+        """The answer of a request; START reads the prompt, which decides the first token."""
+        self._contract.check_inputs(request.inputs)
+        num_tokens = int(request.inputs["num_tokens"][0])
+        if not request.start:
+            if request.end and not num_tokens:
+                return Turn(Answer(NO_SLOT, 0, finished=True), 0)
+            return Turn(self.sessions.get(request.session_id), num_tokens)
+        embeddings = self._embeddings(request.inputs)
+        answer = self.sessions.open(request.session_id, Answer(NO_SLOT, len(embeddings)))
+        used = {other.slot for other in self.sessions.states()}
+        answer.slot = next(slot for slot in range(settings.MAX_GENERATIONS) if slot not in used)
+        turn = Turn(answer, max(1, num_tokens))
+        self._accept(turn, *self._decoder.prefill(answer.slot, embeddings))
+        return turn
+
+    def _embeddings(self, inputs: Arrays) -> Array:
+        """The prompt with its visual and target tokens in place: [S, H]."""
+        if "prompt" not in inputs or "visual_tokens" not in inputs:
+            raise InvalidInput("language_model: got START without prompt and visual_tokens. Add them to the request.")
+        try:
+            prompt = inputs["prompt"][0].decode()
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"sparrow.prompt: got bytes that are no UTF-8 ({error}). Encode the text as UTF-8.") from error
+        check_prompt(prompt)
+        targets = inputs.get("target_tokens", np.zeros((0, self._config.language.width), np.float32))
+        before, between, behind = prompt_parts(self._tokenizer, prompt, with_targets="target_tokens" in inputs)
+        text = self._decoder.embed(before + between + behind)
+        first, second, third = np.split(text, [len(before), len(before) + len(between)])
+        return np.concatenate([first, inputs["visual_tokens"], second, targets, third])
+
+    def _accept(self, turn: Turn, logits: Array, state: Array) -> None:
+        """Greedy choice: the first largest logit (spec 3.3)."""
+        answer, token_id = turn.answer, int(logits.argmax())
+        answer.token_ids.append(token_id)
+        turn.token_ids.append(token_id)
+        turn.states.append(state)
+        answer.finished = token_id in self._config.language.eos_token_ids or answer.length >= self._config.max_sequence
+
+    def _respond(self, turn: Turn) -> Arrays:
+        states = np.stack(turn.states) if turn.states else np.zeros((0, self._config.language.width), np.float32)
+        embeddings = self._decoder.project(states) if len(states) else np.zeros((0, self._config.sam2.width), np.float32)
+        return {
+            "text": np.array([self._new_text(turn.answer).encode()], object),
+            "token_ids": np.array(turn.token_ids, np.int32),
+            "final_states": states,
+            "prompt_embeddings": embeddings,
+            "finished": np.array([turn.answer.finished]),
+        }
+
+    def _new_text(self, answer: Answer) -> str:
+        """Text that was not returned yet, without the end token; a character whose bytes are not complete waits."""
+        words = [id for id in answer.token_ids if id not in self._config.language.eos_token_ids]
+        text = self._tokenizer.decode(words)
+        if not answer.finished:
+            text = text.rstrip("\ufffd")
+        piece = text[len(answer.text) :]
+        answer.text = text
+        return piece

@@ -1,0 +1,350 @@
+"""A question about a clip or an image to text, objects and masks; written once against `Runner`, knows no Triton.
+
+    vision tokens ─► language model ─► [BOX] / [SEG] embeddings ─┐
+    frame 0 ─► proposals ───────────────────────────────────────►├─► boxes ─► prior filter ─► framewise decode, or tracker
+    every frame ─► frame encoder ───────────────────────────────►┘
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import frames as preprocess
+from . import masks, selection, settings, targets
+from .components import components
+from .config import ModelConfig
+from .decoding import BOX, BOX_AND_TEXT, TEXT_ONLY, Prompts, decode_masks
+from .errors import InvalidInput
+from .options import Options
+from .prompt import check_prompt, phrases
+from .runner import Parameters, Runner, open_session
+from .tensors import Array, Arrays
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The pictures of a request.
+
+    Args:
+        frames: [T, H, W, 3] uint8 RGB.
+        is_video: False: one picture, seen by CLIP alone.
+    """
+
+    frames: Array
+    is_video: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.frames.shape[1], self.frames.shape[2]
+
+
+@dataclass
+class Answer:
+    """What the language model said.
+
+    Args:
+        text: without the end token.
+        seg, box: embeddings of its [SEG] and [BOX] tokens in order, [n, C] float32 each.
+        num_tokens: generated, with the end token.
+    """
+
+    text: str = ""
+    seg: list[Array] = field(default_factory=list)
+    box: list[Array] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What the masks are decoded from; lists are per object.
+
+    Args:
+        embeddings: [N, C] float32.
+        selected: boxes before the prior filter, [K, 4] float32 xyxy, normalised, unclamped.
+        boxes: those that the filter kept.
+    """
+
+    embeddings: Array
+    selected: list[Array]
+    boxes: list[Array]
+
+
+class Timings:
+    """Milliseconds spent in each stage; stages overlap, so they do not add up to the total."""
+
+    def __init__(self) -> None:
+        self.milliseconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.milliseconds[name] = self.milliseconds.get(name, 0) + 1000 * (time.perf_counter() - start)
+
+
+class Pipeline:
+    """The algorithm of the component `sparrow`.
+
+    Args:
+        config: sizes of the model.
+        runner: reaches every other component.
+    """
+
+    def __init__(self, config: ModelConfig, runner: Runner) -> None:
+        self._config, self._runner = config, runner
+        self._contract = components(config)["sparrow"]
+
+    def answer(self, inputs: Arrays, parameters: Parameters) -> Iterator[Arrays]:
+        """Streams the responses to one request: text pieces, the objects, masks frame by frame, a summary.
+
+        Args:
+            inputs: of the component `sparrow`.
+            parameters: see `Options`.
+        Yields:
+            Outputs of the component `sparrow`, a few tensors at a time.
+        Raises:
+            SparrowError: the request is refused or a component failed.
+        """
+        options = Options.from_parameters(parameters)
+        timings = Timings()
+        with timings.stage("total"):
+            with timings.stage("preprocess"):
+                self._contract.check_inputs(inputs)
+                check_prompt(decode_prompt(inputs["prompt"]))
+                clip = read_clip(inputs, options)
+            with ThreadPoolExecutor(settings.FRAMES_AHEAD, thread_name_prefix="sparrow") as pool:
+                # Frames and proposals do not depend on the text: they are computed while the language model runs.
+                encoded = FrameFeatures(self, clip, pool, timings)
+                proposals = pool.submit(self._proposals, encoded, timings) if options.detection_guidance else None
+                try:
+                    answer = yield from self._generate(inputs, clip, options, timings)
+                    if answer.seg:
+                        yield from self._masks(clip, answer, encoded, proposals, options, timings)
+                finally:
+                    encoded.cancel()
+                    if proposals:
+                        proposals.cancel()
+        yield {"summary": np.array([json.dumps(self._summary(clip, answer, options, timings)).encode()], object)}
+
+    def _generate(self, inputs: Arrays, clip: Clip, options: Options, timings: Timings) -> Iterator[Arrays]:
+        """Yields text; returns the answer."""
+        language, answer = self._config.language, Answer()
+        request: Arrays = {"prompt": inputs["prompt"]}
+        with timings.stage("vision"):
+            seen = clip.frames[preprocess.encoder_indices(len(clip.frames), self._config.num_frames)] if clip.is_video else clip.frames[:1]
+            request["visual_tokens"] = self._visual_tokens(seen, clip.is_video)
+            crops = [inputs["target_crop"]] if "target_crop" in inputs else None
+            if "target_boxes" in inputs:
+                crops = targets.crop_targets(seen, inputs["target_boxes"])
+            if crops:
+                features = self._image_tokens(crops).mean(1)  # [n, S, H] -> [n, H]
+                request["target_tokens"] = targets.medoids(features)
+        with open_session(self._runner, "language_model") as session:
+            for step in range(options.max_new_tokens):
+                with timings.stage("decode" if step else "prefill"):
+                    output = session.step({"num_tokens": np.ones(1, np.int32), **(request if step == 0 else {})})
+                for token_id, embedding in zip(output["token_ids"], output["prompt_embeddings"], strict=True):
+                    if token_id == language.seg_token_id:
+                        answer.seg.append(embedding)
+                    if token_id == language.box_token_id:
+                        answer.box.append(embedding)
+                answer.num_tokens += len(output["token_ids"])
+                answer.text += output["text"][0].decode()
+                if output["text"][0]:
+                    yield {"text": output["text"]}
+                if output["finished"][0]:
+                    break
+        return answer
+
+    def _visual_tokens(self, seen: Array, is_video: bool) -> Array:
+        """[S, H] float32."""
+        if not is_video:
+            return self._image_tokens(list(seen))[0]
+        video = np.stack([preprocess.video_frame(frame, self._config) for frame in seen])
+        context = np.stack([preprocess.context_frame(frame, self._config) for frame in seen])
+        return self._runner.run("vision_encoder", {"video_frames": video, "context_frames": context})["visual_tokens"]
+
+    def _image_tokens(self, pictures: Sequence[Array]) -> Array:
+        """[n, S, H] float32."""
+        context = np.stack([preprocess.context_frame(picture, self._config) for picture in pictures])
+        return self._runner.run("image_encoder", {"context_frames": context})["image_tokens"]
+
+    def _proposals(self, encoded: FrameFeatures, timings: Timings) -> Arrays:
+        """Boxes of frame 0."""
+        with timings.stage("proposals"):
+            picture = preprocess.proposal_image(encoded.grounding(0), self._config)
+            return self._runner.run("proposal_detector", {"proposal_image": preprocess.proposal_frame(picture)})
+
+    def _masks(
+        self, clip: Clip, answer: Answer, encoded: FrameFeatures, proposals: Future[Arrays] | None, options: Options, timings: Timings
+    ) -> Iterator[Arrays]:
+        """Yields the objects, then the masks of every frame."""
+        with timings.stage("selection"):
+            objects = self._select(clip, answer, encoded[0], proposals, options)
+        yield {
+            "phrases": np.array([phrase.encode() for phrase in phrases(answer.text)], object),
+            "text_embeddings": objects.embeddings,
+            **flatten_boxes(objects.selected, "selected_boxes", "selected_box_objects"),
+            **flatten_boxes(objects.boxes, "boxes", "box_objects"),
+        }
+        by_frame = self._track if self._branch(clip, options) == "tracked" else self._decode_framewise
+        for frame_idx, response in enumerate(by_frame(clip, objects, encoded, options, timings)):
+            yield {"frame_idx": np.array([frame_idx], np.int32), **response}
+
+    def _select(self, clip: Clip, answer: Answer, frame: Arrays, proposals: Future[Arrays] | None, options: Options) -> Objects:
+        """Boxes and embeddings of every [SEG] (spec 5)."""
+        seg = np.stack(answer.seg)
+        if proposals is None:
+            none = [np.zeros((0, 4), np.float32)] * len(seg)
+            return Objects(seg, none, none)
+        found = proposals.result()
+        scored = self._runner.run("proposal_selector", {"prompt_embeddings": np.stack(answer.box or answer.seg), **found, **frame})
+        probabilities = selection.fuse(scored["selector_logits"], scored["roi_logits"] if options.roi_helper else None)
+        chosen = selection.choose(probabilities, options.selection_threshold)
+        selected = selection.align([found["proposal_boxes"][indices] for indices in chosen], len(seg))
+        boxes = self._filter(clip, selected, frame, options) if options.box_prior_filter else selected
+        return Objects(seg if answer.box else scored["refined_embeddings"], selected, boxes)
+
+    def _filter(self, clip: Clip, selected: list[Array], frame: Arrays, options: Options) -> list[Array]:
+        """The box-prior filter: decode frame 0 from each box alone, keep the boxes that their mask fills (spec 5.5)."""
+        every = np.concatenate(selected)
+        corners = selection.prior_points(every, *clip.size, self._config.sam2.image_size)
+        prompts = Prompts(BOX, np.zeros(len(every), np.int64), multimask=False, corners=corners)
+        logits = decode_masks(self._runner, frame, prompts)["mask_logits"]
+        scores = selection.prior_scores(every, masks.prior_masks(logits, *clip.size, settings.PRIOR_MASK_SIZE))
+        by_object = np.split(scores, np.cumsum([len(boxes) for boxes in selected])[:-1])
+        limits = options.box_prior_min_score, options.box_prior_max_keep
+        return [boxes[selection.keep(own, *limits)] for boxes, own in zip(selected, by_object, strict=True)]
+
+    def _decode_framewise(
+        self, clip: Clip, objects: Objects, encoded: FrameFeatures, options: Options, timings: Timings
+    ) -> Iterator[Arrays]:
+        """Every frame on its own, with the boxes of frame 0 (spec 6)."""
+        owners = np.repeat(np.arange(len(objects.boxes)), [len(boxes) for boxes in objects.boxes])
+        if all(map(len, objects.boxes)):
+            corners = np.concatenate(objects.boxes).reshape(-1, 2, 2) * np.float32(self._config.sam2.image_size)
+            prompts = Prompts(BOX_AND_TEXT, np.zeros(len(owners), np.int64), False, corners, objects.embeddings[owners])
+        else:
+            owners = np.arange(len(objects.embeddings))
+            prompts = Prompts(TEXT_ONLY, np.zeros(len(owners), np.int64), False, text=objects.embeddings)
+        starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        for frame in encoded:
+            with timings.stage("masks"):
+                decoded = decode_masks(self._runner, frame, prompts)
+                best = {name: np.maximum.reduceat(decoded[name], starts) for name in ("mask_logits", "predicted_iou", "object_scores")}
+                binary = masks.binary_masks(best["mask_logits"], *clip.size)
+                response = masks.respond(binary, best, {"mask_format": options.mask_format})
+            yield response
+
+    def _track(self, clip: Clip, objects: Objects, encoded: FrameFeatures, options: Options, timings: Timings) -> Iterator[Arrays]:
+        """Frame 0 from text and boxes, every other frame from memory (spec 7)."""
+        start: Arrays = {"text_embeddings": objects.embeddings}
+        if options.video_init == "text_then_boxes":
+            start |= flatten_boxes(objects.boxes, "boxes", "box_objects")
+        frame_size = np.array(clip.size, np.int32)
+        with open_session(self._runner, "tracker", {"mask_format": options.mask_format}) as session:
+            for frame_idx, frame in enumerate(encoded):
+                with timings.stage("masks"):
+                    one_frame = {name: array[0] for name, array in frame.items()}
+                    inputs = {**one_frame, "frame_size": frame_size, **(start if frame_idx == 0 else {})}
+                    response = session.step(inputs, end=frame_idx == len(clip.frames) - 1)
+                yield response
+
+    def _branch(self, clip: Clip, options: Options) -> str:
+        return options.branch if clip.is_video else "framewise"
+
+    def _summary(self, clip: Clip, answer: Answer, options: Options, timings: Timings) -> dict[str, Any]:
+        branch = self._branch(clip, options)
+        return {
+            "answer": answer.text,
+            "modality": "video" if clip.is_video else "image",
+            "branch": branch,
+            "video_init": options.video_init if branch == "tracked" else None,
+            "frame_size": list(clip.size),
+            "num_frames": len(clip.frames),
+            "num_objects": len(answer.seg),
+            "num_tokens": answer.num_tokens,
+            "timings_ms": {name: round(value, 1) for name, value in timings.milliseconds.items()},
+        }
+
+
+class FrameFeatures:
+    """Frame-encoder outputs of a clip, a few frames ahead of whoever reads them; each frame is encoded once.
+
+    Args:
+        pipeline: encodes.
+        clip: T frames.
+        pool: works ahead.
+    """
+
+    def __init__(self, pipeline: Pipeline, clip: Clip, pool: ThreadPoolExecutor, timings: Timings) -> None:
+        self._pipeline, self._clip, self._pool, self._timings = pipeline, clip, pool, timings
+        self._first_grounding = pool.submit(self._ground, 0)
+        self._futures: dict[int, Future[Arrays]] = {0: pool.submit(self._encode, 0)}
+
+    def grounding(self, index: int) -> Array:
+        """[3, S, S] float32: the encoder's input."""
+        return self._first_grounding.result() if index == 0 else self._ground(index)
+
+    def __getitem__(self, index: int) -> Arrays:
+        """Outputs of frame_encoder for one frame."""
+        for ahead in range(index, min(index + 1 + settings.FRAMES_AHEAD, len(self._clip.frames))):
+            if ahead not in self._futures:
+                self._futures[ahead] = self._pool.submit(self._encode, ahead)
+        return self._futures[index].result()
+
+    def __iter__(self) -> Iterator[Arrays]:
+        for index in range(len(self._clip.frames)):
+            yield self[index]
+            del self._futures[index]
+
+    def cancel(self) -> None:
+        """Drops what nobody will read."""
+        for future in (self._first_grounding, *self._futures.values()):
+            future.cancel()
+
+    def _ground(self, index: int) -> Array:
+        with self._timings.stage("grounding"):
+            return preprocess.grounding_frame(self._clip.frames[index], self._pipeline._config)
+
+    def _encode(self, index: int) -> Arrays:
+        grounding = self.grounding(index)
+        with self._timings.stage("encode"):
+            return self._pipeline._runner.run("frame_encoder", {"grounding_frames": grounding[None]})
+
+
+def decode_prompt(prompt: Array) -> str:
+    """The user's text; raises InvalidInput when it is no UTF-8."""
+    try:
+        return str(prompt[0].decode())
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"sparrow.prompt: got bytes that are no UTF-8 ({error}). Encode the text as UTF-8.") from error
+
+
+def read_clip(inputs: Arrays, options: Options) -> Clip:
+    """The frames of a request; raises InvalidInput when there are none, two kinds of them, or several for an image."""
+    if ("frames" in inputs) == ("encoded_frames" in inputs):
+        raise InvalidInput("sparrow.frames: got neither or both of frames and encoded_frames, expected one of them. Send one.")
+    pictures = inputs["frames"] if "frames" in inputs else preprocess.decode_frames(list(inputs["encoded_frames"]), "sparrow.encoded_frames")
+    preprocess.check_frame_size(*pictures.shape[1:3], "sparrow.frames")
+    is_video = len(pictures) > 1 if options.modality == "auto" else options.modality == "video"
+    if len(pictures) > 1 and not is_video:
+        raise InvalidInput(f"sparrow.frames: got {len(pictures)} frames with modality image, expected 1. Send one, or modality video.")
+    return Clip(pictures, is_video)
+
+
+def flatten_boxes(by_object: list[Array], boxes: str, owners: str) -> Arrays:
+    """Boxes of all objects in one tensor and the object of each, under the two names."""
+    counts = [len(own) for own in by_object]
+    return {boxes: np.concatenate(by_object).astype(np.float32), owners: np.repeat(np.arange(len(by_object), dtype=np.int32), counts)}

@@ -1,0 +1,119 @@
+"""How the algorithm reaches its components: the same code runs in one process and on Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol
+
+import numpy as np
+
+from .errors import SparrowError
+from .tensors import Arrays
+
+Parameters = Mapping[str, Any]
+
+CLOSING: dict[str, Arrays] = {
+    "language_model": {"num_tokens": np.zeros(1, np.int32)},
+    "tracker": {"frame_size": np.zeros(2, np.int32)},
+}
+"""Inputs of a last request that only frees the sequence."""
+
+
+@dataclass(frozen=True)
+class SequenceRequest:
+    """One request of a sequence to a component with state."""
+
+    session_id: int
+    inputs: Arrays
+    start: bool = False
+    end: bool = False
+    parameters: Parameters = field(default_factory=dict)
+
+
+class Session:
+    """An open sequence of a component with state.
+
+    Args:
+        component: a key of `CLOSING`.
+        session_id: correlation id.
+        parameters: sent with every request.
+        send: delivers a request and returns its outputs, or raises SparrowError.
+    """
+
+    def __init__(self, component: str, session_id: int, parameters: Parameters, send: Callable[[SequenceRequest], Arrays]) -> None:
+        self._component, self._id, self._parameters, self._send = component, session_id, parameters, send
+        self._started = self._ended = False
+
+    def step(self, inputs: Arrays, end: bool = False) -> Arrays:
+        """The next request of the sequence; `end` frees its state afterwards."""
+        request = SequenceRequest(self._id, inputs, not self._started, end, self._parameters)
+        self._started, self._ended = True, end
+        return self._send(request)
+
+    def close(self) -> None:
+        """Frees the state of a sequence that has not ended."""
+        if self._started and not self._ended:
+            self.step(CLOSING[self._component], end=True)
+
+
+class Runner(Protocol):
+    """Calls components by name."""
+
+    def run(self, component: str, inputs: Arrays) -> Arrays:
+        """One call of a component without state; raises SparrowError."""
+
+    def session(self, component: str, parameters: Parameters) -> Session:
+        """A new sequence of a component with state."""
+
+
+@contextmanager
+def open_session(runner: Runner, component: str, parameters: Parameters | None = None) -> Iterator[Session]:
+    """A sequence that is closed whatever happens inside."""
+    session = runner.session(component, parameters or {})
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+class Stateful(Protocol):
+    """A component with state: one step serves the waiting requests of several sequences."""
+
+    def step(self, requests: list[SequenceRequest]) -> list[Arrays | SparrowError]:
+        """One result per request, in order; a bad request fails alone."""
+
+
+class Graph(Protocol):
+    """A loaded graph of any engine kind."""
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Outputs by name."""
+
+
+class LocalRunner:
+    """Every component in this process.
+
+    Args:
+        graphs: component to loaded graph.
+    """
+
+    def __init__(self, graphs: Mapping[str, Graph]) -> None:
+        self.graphs = graphs
+        self.stateful: dict[str, Stateful] = {}
+        """Component to its server; filled by the caller, since these need a runner themselves."""
+        self._ids = count(1)
+
+    def run(self, component: str, inputs: Arrays) -> Arrays:
+        return self.graphs[component].run(inputs)
+
+    def session(self, component: str, parameters: Parameters) -> Session:
+        def send(request: SequenceRequest) -> Arrays:
+            (result,) = self.stateful[component].step([request])
+            if isinstance(result, SparrowError):
+                raise result
+            return result
+
+        return Session(component, next(self._ids), parameters, send)
