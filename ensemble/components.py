@@ -210,14 +210,14 @@ def components(config: ModelConfig) -> dict[str, Component]:
         TensorSpec("box_objects", "int32", (BOXES,), "Object of each box, 0..; START only.", optional=True, below=settings.MAX_OBJECTS),
     )
     tracked_masks = (
-        TensorSpec("mask_rle", "string", (ANY_OBJECTS,), "COCO compressed RLE counts of each object's mask; with mask_format rle"),
-        TensorSpec("mask_bits", "uint8", (ANY_OBJECTS, MASK_BYTES), "each mask's H*W bits, big-endian rows; with mask_format bits"),
+        TensorSpec("mask_rle", "string", (ANY_OBJECTS,), "COCO compressed RLE counts of each object's mask; empty with mask_format bits"),
+        TensorSpec("mask_bits", "uint8", (ANY_OBJECTS, MASK_BYTES), "each mask's H*W bits, row by row, high bit first; empty with mask_format rle"),
         TensorSpec("predicted_iou", "float32", (ANY_OBJECTS,), "the decoder's own estimate, 0..1"),
         TensorSpec("object_scores", "float32", (ANY_OBJECTS,), "> 0: the object is in the frame"),
         TensorSpec("visible", "bool", (ANY_OBJECTS,), "the mask is not empty and the score is positive"),
     )
     frame_size = TensorSpec("frame_size", "int32", (2,), "height and width of the caller's frame; 0, 0 closes the session only")
-    one_tracked_frame = tuple(TensorSpec(spec.name, spec.dtype, spec.shape[1:], spec.doc) for spec in frame_tensors)
+    tracked_frame = tuple(TensorSpec(spec.name, spec.dtype, spec.shape[1:], spec.doc, optional=True) for spec in frame_tensors)
 
     served = [
         Component(
@@ -239,6 +239,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("boxes", "float32", (ANY_BOXES, 4), "the selected boxes that the prior filter kept, as sparrow_track takes them"),
                 TensorSpec("box_objects", "int32", (ANY_BOXES,), "object of each box"),
                 TensorSpec("frame_idx", "int32", (1,), "frame of the masks in this response"),
+                TensorSpec("frame_size", "int32", (2,), "height and width of those masks"),
                 *tracked_masks,
                 TensorSpec("summary", "string", (1,), "JSON, last response: answer, branch, video_init, frame_size, timings_ms"),
             ),
@@ -277,15 +278,15 @@ def components(config: ModelConfig) -> dict[str, Component]:
             "A caller's frame to the encoder's input (spec 1.2).",
             (session_frame,),
             (
-                TensorSpec("grounding_frames", "float32", (FRAMES, 3, sam2.image_size, sam2.image_size), "SAM-normalised"),
-                TensorSpec("frame_size", "int32", (FRAMES, 2), "height and width"),
+                TensorSpec("grounding_frames", "float32", (3, sam2.image_size, sam2.image_size), "SAM-normalised"),
+                frame_size,
             ),
             serving="function",
         ),
         Component(
             "tracker",
             "One frame of tracking sessions; memories stay inside (spec 7).",
-            (*one_tracked_frame, frame_size, *tracked_objects),
+            (*tracked_frame, frame_size, *tracked_objects),
             tracked_masks,
             serving="sequence",
             calls=("memory_attention", "mask_decoder", "memory_encoder"),

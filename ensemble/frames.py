@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from . import settings
 from .config import ModelConfig
 from .errors import InvalidInput
-from .tensors import Array
+from .tensors import Array, Arrays
 
 
 def encoder_indices(num_frames: int, wanted: int) -> list[int]:
@@ -99,6 +99,22 @@ def grounding_frame(frame: Array, config: ModelConfig) -> Array:
     return stretch(stretch(normal, 1, size), 2, size)
 
 
+def session_frame(inputs: Arrays, config: ModelConfig) -> Arrays:
+    """The component `frame_preprocessor`; an empty frame (the session only closes) becomes a black one of size 0, 0.
+
+    Raises:
+        InvalidInput: the frame is too small or too large.
+    """
+    frame = inputs["frame"]
+    height, width = frame.shape[:2]
+    size = config.sam2.image_size
+    grounding = np.zeros((3, size, size), np.float32)
+    if frame.size:
+        check_frame_size(height, width, "sparrow_track.frame")
+        grounding = grounding_frame(frame, config)
+    return {"grounding_frames": grounding, "frame_size": np.array([height, width], np.int32)}
+
+
 def stretch(x: Array, axis: int, size: int) -> Array:
     """Linear interpolation along one axis, half-pixel centres, edges clamped, no antialiasing (torch `interpolate`)."""
     old = x.shape[axis]
@@ -107,7 +123,7 @@ def stretch(x: Array, axis: int, size: int) -> Array:
     source = np.maximum((np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(old / size) - np.float32(0.5), 0)
     low = source.astype(np.int64)
     high = np.minimum(low + 1, old - 1)
-    weight = (source - low).reshape([-1 if axis == other else 1 for other in range(x.ndim)])
+    weight = (source - low.astype(np.float32)).reshape([-1 if axis == other else 1 for other in range(x.ndim)])
     return (1 - weight) * x.take(low, axis) + weight * x.take(high, axis)
 
 

@@ -39,17 +39,24 @@ def respond(masks: Array, scores: Arrays, parameters: Mapping[str, Any]) -> Arra
         scores: holds predicted_iou and object_scores, [N] float32 each.
         parameters: of the request; `mask_format` is rle (default) or bits.
     Returns:
-        `mask_rle` [N] bytes (COCO compressed RLE counts) or `mask_bits` [N, ceil(H*W/8)] uint8; scores; visible [N] bool.
+        `mask_rle` [N] bytes (COCO compressed RLE counts) and `mask_bits` [N, ceil(H*W/8)] uint8, of which the format that was
+        not asked for is empty (an ensemble has to return all its outputs); scores; visible [N] bool.
     Raises:
         InvalidInput: another mask_format.
     """
     mask_format = parameters.get("mask_format", "rle")
     if mask_format not in MASK_FORMATS:
         raise InvalidInput(f"mask_format: got {mask_format!r}, expected one of {', '.join(MASK_FORMATS)}.")
-    visible = masks.any((1, 2)) & (scores["object_scores"] > 0)
-    response = {"predicted_iou": scores["predicted_iou"], "object_scores": scores["object_scores"], "visible": visible}
+    counts = np.full(len(masks), b"", object)
+    bits = np.zeros((len(masks), 0), np.uint8)
     if mask_format == "bits":
-        return {**response, "mask_bits": np.packbits(masks.reshape(len(masks), -1), axis=1)}
-    counts = np.empty(len(masks), object)
-    counts[:] = [coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"] for mask in masks]
-    return {**response, "mask_rle": counts}
+        bits = np.packbits(masks.reshape(len(masks), -1), axis=1)
+    else:
+        counts[:] = [coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"] for mask in masks]
+    return {
+        "mask_rle": counts,
+        "mask_bits": bits,
+        "predicted_iou": scores["predicted_iou"],
+        "object_scores": scores["object_scores"],
+        "visible": masks.any((1, 2)) & (scores["object_scores"] > 0),
+    }

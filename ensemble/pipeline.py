@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,7 @@ class Timings:
 
     def __init__(self) -> None:
         self.milliseconds: dict[str, float] = {}
+        self._lock = Lock()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -90,7 +92,8 @@ class Timings:
         try:
             yield
         finally:
-            self.milliseconds[name] = self.milliseconds.get(name, 0) + 1000 * (time.perf_counter() - start)
+            with self._lock:
+                self.milliseconds[name] = self.milliseconds.get(name, 0) + 1000 * (time.perf_counter() - start)
 
 
 class Pipeline:
@@ -102,7 +105,7 @@ class Pipeline:
     """
 
     def __init__(self, config: ModelConfig, runner: Runner) -> None:
-        self._config, self._runner = config, runner
+        self.config, self.runner = config, runner
         self._contract = components(config)["sparrow"]
 
     def answer(self, inputs: Arrays, parameters: Parameters) -> Iterator[Arrays]:
@@ -139,10 +142,10 @@ class Pipeline:
 
     def _generate(self, inputs: Arrays, clip: Clip, options: Options, timings: Timings) -> Iterator[Arrays]:
         """Yields text; returns the answer."""
-        language, answer = self._config.language, Answer()
+        language, answer = self.config.language, Answer()
         request: Arrays = {"prompt": inputs["prompt"]}
         with timings.stage("vision"):
-            seen = clip.frames[preprocess.encoder_indices(len(clip.frames), self._config.num_frames)] if clip.is_video else clip.frames[:1]
+            seen = clip.frames[preprocess.encoder_indices(len(clip.frames), self.config.num_frames)] if clip.is_video else clip.frames[:1]
             request["visual_tokens"] = self._visual_tokens(seen, clip.is_video)
             crops = [inputs["target_crop"]] if "target_crop" in inputs else None
             if "target_boxes" in inputs:
@@ -150,7 +153,7 @@ class Pipeline:
             if crops:
                 features = self._image_tokens(crops).mean(1)  # [n, S, H] -> [n, H]
                 request["target_tokens"] = targets.medoids(features)
-        with open_session(self._runner, "language_model") as session:
+        with open_session(self.runner, "language_model") as session:
             for step in range(options.max_new_tokens):
                 with timings.stage("decode" if step else "prefill"):
                     output = session.step({"num_tokens": np.ones(1, np.int32), **(request if step == 0 else {})})
@@ -171,20 +174,20 @@ class Pipeline:
         """[S, H] float32."""
         if not is_video:
             return self._image_tokens(list(seen))[0]
-        video = np.stack([preprocess.video_frame(frame, self._config) for frame in seen])
-        context = np.stack([preprocess.context_frame(frame, self._config) for frame in seen])
-        return self._runner.run("vision_encoder", {"video_frames": video, "context_frames": context})["visual_tokens"]
+        video = np.stack([preprocess.video_frame(frame, self.config) for frame in seen])
+        context = np.stack([preprocess.context_frame(frame, self.config) for frame in seen])
+        return self.runner.run("vision_encoder", {"video_frames": video, "context_frames": context})["visual_tokens"]
 
     def _image_tokens(self, pictures: Sequence[Array]) -> Array:
         """[n, S, H] float32."""
-        context = np.stack([preprocess.context_frame(picture, self._config) for picture in pictures])
-        return self._runner.run("image_encoder", {"context_frames": context})["image_tokens"]
+        context = np.stack([preprocess.context_frame(picture, self.config) for picture in pictures])
+        return self.runner.run("image_encoder", {"context_frames": context})["image_tokens"]
 
     def _proposals(self, encoded: FrameFeatures, timings: Timings) -> Arrays:
         """Boxes of frame 0."""
         with timings.stage("proposals"):
-            picture = preprocess.proposal_image(encoded.grounding(0), self._config)
-            return self._runner.run("proposal_detector", {"proposal_image": preprocess.proposal_frame(picture)})
+            picture = preprocess.proposal_image(encoded.first_grounding.result(), self.config)
+            return self.runner.run("proposal_detector", {"proposal_image": preprocess.proposal_frame(picture)})
 
     def _masks(
         self, clip: Clip, answer: Answer, encoded: FrameFeatures, proposals: Future[Arrays] | None, options: Options, timings: Timings
@@ -200,7 +203,7 @@ class Pipeline:
         }
         by_frame = self._track if self._branch(clip, options) == "tracked" else self._decode_framewise
         for frame_idx, response in enumerate(by_frame(clip, objects, encoded, options, timings)):
-            yield {"frame_idx": np.array([frame_idx], np.int32), **response}
+            yield {"frame_idx": np.array([frame_idx], np.int32), "frame_size": np.array(clip.size, np.int32), **response}
 
     def _select(self, clip: Clip, answer: Answer, frame: Arrays, proposals: Future[Arrays] | None, options: Options) -> Objects:
         """Boxes and embeddings of every [SEG] (spec 5)."""
@@ -209,7 +212,7 @@ class Pipeline:
             none = [np.zeros((0, 4), np.float32)] * len(seg)
             return Objects(seg, none, none)
         found = proposals.result()
-        scored = self._runner.run("proposal_selector", {"prompt_embeddings": np.stack(answer.box or answer.seg), **found, **frame})
+        scored = self.runner.run("proposal_selector", {"prompt_embeddings": np.stack(answer.box or answer.seg), **found, **frame})
         probabilities = selection.fuse(scored["selector_logits"], scored["roi_logits"] if options.roi_helper else None)
         chosen = selection.choose(probabilities, options.selection_threshold)
         selected = selection.align([found["proposal_boxes"][indices] for indices in chosen], len(seg))
@@ -219,9 +222,9 @@ class Pipeline:
     def _filter(self, clip: Clip, selected: list[Array], frame: Arrays, options: Options) -> list[Array]:
         """The box-prior filter: decode frame 0 from each box alone, keep the boxes that their mask fills (spec 5.5)."""
         every = np.concatenate(selected)
-        corners = selection.prior_points(every, *clip.size, self._config.sam2.image_size)
+        corners = selection.prior_points(every, *clip.size, self.config.sam2.image_size)
         prompts = Prompts(BOX, np.zeros(len(every), np.int64), multimask=False, corners=corners)
-        logits = decode_masks(self._runner, frame, prompts)["mask_logits"]
+        logits = decode_masks(self.runner, frame, prompts)["mask_logits"]
         scores = selection.prior_scores(every, masks.prior_masks(logits, *clip.size, settings.PRIOR_MASK_SIZE))
         by_object = np.split(scores, np.cumsum([len(boxes) for boxes in selected])[:-1])
         limits = options.box_prior_min_score, options.box_prior_max_keep
@@ -233,7 +236,7 @@ class Pipeline:
         """Every frame on its own, with the boxes of frame 0 (spec 6)."""
         owners = np.repeat(np.arange(len(objects.boxes)), [len(boxes) for boxes in objects.boxes])
         if all(map(len, objects.boxes)):
-            corners = np.concatenate(objects.boxes).reshape(-1, 2, 2) * np.float32(self._config.sam2.image_size)
+            corners = np.concatenate(objects.boxes).reshape(-1, 2, 2) * np.float32(self.config.sam2.image_size)
             prompts = Prompts(BOX_AND_TEXT, np.zeros(len(owners), np.int64), False, corners, objects.embeddings[owners])
         else:
             owners = np.arange(len(objects.embeddings))
@@ -241,7 +244,7 @@ class Pipeline:
         starts = np.flatnonzero(np.diff(owners, prepend=-1))
         for frame in encoded:
             with timings.stage("masks"):
-                decoded = decode_masks(self._runner, frame, prompts)
+                decoded = decode_masks(self.runner, frame, prompts)
                 best = {name: np.maximum.reduceat(decoded[name], starts) for name in ("mask_logits", "predicted_iou", "object_scores")}
                 binary = masks.binary_masks(best["mask_logits"], *clip.size)
                 response = masks.respond(binary, best, {"mask_format": options.mask_format})
@@ -253,7 +256,7 @@ class Pipeline:
         if options.video_init == "text_then_boxes":
             start |= flatten_boxes(objects.boxes, "boxes", "box_objects")
         frame_size = np.array(clip.size, np.int32)
-        with open_session(self._runner, "tracker", {"mask_format": options.mask_format}) as session:
+        with open_session(self.runner, "tracker", {"mask_format": options.mask_format}) as session:
             for frame_idx, frame in enumerate(encoded):
                 with timings.stage("masks"):
                     one_frame = {name: array[0] for name, array in frame.items()}
@@ -290,12 +293,9 @@ class FrameFeatures:
 
     def __init__(self, pipeline: Pipeline, clip: Clip, pool: ThreadPoolExecutor, timings: Timings) -> None:
         self._pipeline, self._clip, self._pool, self._timings = pipeline, clip, pool, timings
-        self._first_grounding = pool.submit(self._ground, 0)
+        self.first_grounding: Future[Array] = pool.submit(self._ground, 0)
+        """[3, S, S] float32: the encoder's input for frame 0, which the proposer sees too."""
         self._futures: dict[int, Future[Arrays]] = {0: pool.submit(self._encode, 0)}
-
-    def grounding(self, index: int) -> Array:
-        """[3, S, S] float32: the encoder's input."""
-        return self._first_grounding.result() if index == 0 else self._ground(index)
 
     def __getitem__(self, index: int) -> Arrays:
         """Outputs of frame_encoder for one frame."""
@@ -311,17 +311,17 @@ class FrameFeatures:
 
     def cancel(self) -> None:
         """Drops what nobody will read."""
-        for future in (self._first_grounding, *self._futures.values()):
+        for future in (self.first_grounding, *self._futures.values()):
             future.cancel()
 
     def _ground(self, index: int) -> Array:
-        with self._timings.stage("grounding"):
-            return preprocess.grounding_frame(self._clip.frames[index], self._pipeline._config)
+        with self._timings.stage("preprocess"):
+            return preprocess.grounding_frame(self._clip.frames[index], self._pipeline.config)
 
     def _encode(self, index: int) -> Arrays:
-        grounding = self.grounding(index)
+        grounding = self.first_grounding.result() if index == 0 else self._ground(index)
         with self._timings.stage("encode"):
-            return self._pipeline._runner.run("frame_encoder", {"grounding_frames": grounding[None]})
+            return self._pipeline.runner.run("frame_encoder", {"grounding_frames": grounding[None]})
 
 
 def decode_prompt(prompt: Array) -> str:
@@ -337,7 +337,6 @@ def read_clip(inputs: Arrays, options: Options) -> Clip:
     if ("frames" in inputs) == ("encoded_frames" in inputs):
         raise InvalidInput("sparrow.frames: got neither or both of frames and encoded_frames, expected one of them. Send one.")
     pictures = inputs["frames"] if "frames" in inputs else preprocess.decode_frames(list(inputs["encoded_frames"]), "sparrow.encoded_frames")
-    preprocess.check_frame_size(*pictures.shape[1:3], "sparrow.frames")
     is_video = len(pictures) > 1 if options.modality == "auto" else options.modality == "video"
     if len(pictures) > 1 and not is_video:
         raise InvalidInput(f"sparrow.frames: got {len(pictures)} frames with modality image, expected 1. Send one, or modality video.")

@@ -117,18 +117,20 @@ class Checkpoint:
         return module
 
     def _matching(self, module: Graph) -> Iterable[tuple[str, str, Tensor]]:
-        """(own name, "source:original name", tensor) for every original key under the module's prefixes."""
-        for own_prefix, place in module.keys.items():
-            source, prefix = place.split(":")
+        """(own name, "source:original name", tensor) for every original key under the module's prefixes; the longest one decides."""
+        places = {place: own for own, alternatives in module.keys.items() for place in alternatives.split("|")}
+        for source in dict.fromkeys(place.split(":")[0] for place in places):
             for name, tensor in self.tensors(source).items():
-                if name.startswith(prefix):
-                    yield own_prefix + name.removeprefix(prefix), f"{source}:{name}", tensor
+                original = f"{source}:{name}"
+                if matching := [place for place in places if original.startswith(place)]:
+                    place = max(matching, key=len)
+                    yield places[place] + original.removeprefix(place), original, tensor
 
 
 def original_name(module: Graph, own: str) -> str:
     """"source:name" under which a tensor of `module` is stored; the longest matching prefix decides."""
     prefix = max((prefix for prefix in module.keys if own.startswith(prefix)), key=len)
-    return module.keys[prefix] + own.removeprefix(prefix)
+    return module.keys[prefix].split("|")[0] + own.removeprefix(prefix)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

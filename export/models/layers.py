@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ensemble.config import ModelConfig
+
+TEMPERATURE = 10000.0
+"""Longest period of SAM2's sine and rotary positions, in units of the shortest (sam2_hiera_l.yaml)."""
 
 
 class Graph(nn.Module):
@@ -45,7 +49,7 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, out: int, depth: int, activation: nn.Module | None = None) -> None:
         super().__init__()
         sizes = [width, *[hidden] * (depth - 1), out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.activation = activation or nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,10 +90,15 @@ class Attention(nn.Module):
         Returns:
             [N, S, width]
         """
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [N, S, C] -> [N, heads, S, C / heads]
+        q, k, v = (split_heads(x, self.heads) for x in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v, mask)
         out: Tensor = self.out_proj(x.transpose(1, 2).flatten(2))  # [N, heads, S, C / heads] -> [N, S, C]
         return out
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[N, S, C] -> [N, heads, S, C / heads]"""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def sine_positions(grid: int, width: int) -> Tensor:
@@ -100,7 +109,8 @@ def sine_positions(grid: int, width: int) -> Tensor:
     """
     half = width // 2
     channel = torch.arange(half)
-    angle = torch.arange(1, grid + 1)[:, None] / (grid + 1e-6) * 2 * math.pi / 10000 ** (channel // 2 * 2 / half)  # [grid, half]
+    cell = torch.arange(1, grid + 1)[:, None] / (grid + 1e-6)
+    angle = cell * 2 * math.pi / TEMPERATURE ** (channel // 2 * 2 / half)  # [grid, half]
     line = torch.where(channel % 2 == 0, angle.sin(), angle.cos())
     return torch.cat([line[:, None].expand(-1, grid, -1), line.expand(grid, -1, -1)], -1)
 

@@ -1,0 +1,122 @@
+"""Files to frames, exactly as the original samples them (spec 1.1). Needs PyAV and Pillow: `pip install 'sparrow-serving[cli]'`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ._stubs import MAX_FRAMES, VIDEO_SAMPLE_FPS
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+"""Files that are images; everything else is a video."""
+
+
+class MediaError(Exception):
+    """A file cannot be used as input; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """Frames of an input.
+
+    Args:
+        frames: [T, H, W, 3] uint8 RGB.
+        modality: video or image.
+        names: stem of each frame's output files.
+        fps: frames per second of the sampled frames.
+    """
+
+    frames: NDArray[np.uint8]
+    modality: str
+    names: list[str]
+    fps: float
+
+
+def read_media(path: Path, sample_fps: float = VIDEO_SAMPLE_FPS) -> Media:
+    """Frames of an image, a video file or a folder of frames.
+
+    Args:
+        path: the suffix decides what it is.
+        sample_fps: frames per second to take from a video file.
+    Raises:
+        MediaError: the input is missing, unreadable or empty, or its frames differ in size.
+    """
+    if path.is_dir():
+        return read_folder(path)
+    if not path.exists():
+        raise MediaError(f"{path}: no such file. Check the path.")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return Media(read_image(path)[None], "image", ["00000"], 1)
+    return read_video(path, sample_fps)
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """[H, W, 3] uint8 RGB, turned upright, without alpha."""
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MediaError(f"{path}: not a readable picture ({error}). Save it again as JPEG or PNG.") from error
+
+
+def read_folder(path: Path) -> Media:
+    """All pictures of a folder in the order of their names; no frame is left out."""
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise MediaError(f"{path}: no {', '.join(IMAGE_SUFFIXES)} files in the folder. Name a folder of frames.")
+    if len(files) > MAX_FRAMES:
+        raise MediaError(f"{path}: {len(files)} frames, expected at most {MAX_FRAMES}. Take a part of them.")
+    frames = [read_image(file) for file in files]
+    for file, frame in zip(files, frames, strict=True):
+        if frame.shape != frames[0].shape:
+            raise MediaError(f"{file}: {frame.shape[1]}x{frame.shape[0]} px, but {files[0].name} differs. Resize the frames to one size.")
+    return Media(np.stack(frames), "video", [file.stem for file in files], VIDEO_SAMPLE_FPS)
+
+
+def read_video(path: Path, sample_fps: float) -> Media:
+    """Frames 0, stride, 2 stride, ... of a video, thinned out evenly to MAX_FRAMES; only these are kept in memory."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise MediaError(f"{path}: no video in the file. Name a video or a picture.")
+            stream = container.streams.video[0]
+            fps = stream.average_rate or stream.guessed_rate
+            count = sum(1 for packet in container.demux(stream) if packet.size)
+        if count < 2:
+            raise MediaError(f"{path}: a video of {count} frames, expected 2 or more. Save a single frame as PNG and segment that.")
+        stride = sample_stride(path, fps, sample_fps)
+        wanted = np.arange(0, count, stride)
+        if len(wanted) > MAX_FRAMES:
+            wanted = wanted[np.linspace(0, len(wanted) - 1, MAX_FRAMES, dtype=int)]
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            chosen = set(wanted.tolist())
+            decoded = itertools.islice(container.decode(video=0), int(wanted[-1]) + 1)
+            frames = [upright(frame) for index, frame in enumerate(decoded) if index in chosen]
+    except (av.FFmpegError, OSError) as error:
+        raise MediaError(f"{path}: not a readable video ({error}). Convert it, e.g. to MP4.") from error
+    if not frames:
+        raise MediaError(f"{path}: no frame could be decoded. Convert it, e.g. to MP4.")
+    return Media(np.stack(frames), "video", [f"{index:05d}" for index in range(len(frames))], float(fps / stride) if fps else sample_fps)
+
+
+def upright(frame: av.VideoFrame) -> NDArray[np.uint8]:
+    """[H, W, 3] uint8 RGB, turned as the file asks players to (phones store portrait video lying on its side)."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+
+
+def sample_stride(path: Path, fps: Fraction | None, sample_fps: float) -> int:
+    """Every how many frames one is taken: the rounded ratio of the rates; half is rounded to even, as in the original."""
+    if not fps:
+        raise MediaError(f"{path}: the file names no frame rate. Convert it, e.g. to MP4.")
+    stride = round(float(fps) / sample_fps)
+    if stride < 1:
+        raise MediaError(f"{path}: {float(fps):g} frames per second, expected at least {sample_fps / 2:g}. Take all with --sample-fps {float(fps):g}.")
+    return stride

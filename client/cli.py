@@ -1,0 +1,34 @@
+"""The command `sparrow`: one verb per entry point of the group `sparrow.verbs`, so that every part of the system brings its own."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+
+import click
+
+
+class Verbs(click.Group):
+    """Finds verbs by their entry points and imports a verb's code only when it is asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted(entry_points(group="sparrow.verbs").names)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        for entry in entry_points(group="sparrow.verbs", name=name):
+            command: click.Command = entry.load()
+            return command
+        return None
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def sparrow() -> None:
+    """Ask a video a question in words; get the answer and a mask track for every object that it mentions."""
+
+
+def main() -> None:
+    """Runs a verb; what the machine refuses (full disk, no permission) is one line, not a stack trace."""
+    try:
+        sparrow(prog_name="sparrow")
+    except OSError as error:
+        sys.exit(f"sparrow: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")

@@ -1,0 +1,55 @@
+"""The verbs `sparrow export` and `sparrow serve`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from ensemble.components import components
+from ensemble.config import FULL
+
+from .serve import Ports, Server, ServerError
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Model repository to write.")
+def export(checkpoint: Path, out: Path) -> None:
+    """Turn CHECKPOINT (a folder in the original's layout) into a model repository."""
+    from .checkpoints import Checkpoint, CheckpointError
+    from .to_repository import repository_from_checkpoint
+
+    graphs = [component.name for component in components(FULL).values() if component.is_graph]
+    try:
+        with tqdm(total=len(graphs), unit="graph") as bar:
+            repository_from_checkpoint(Checkpoint(checkpoint), out, progress=lambda name: (bar.set_description(name), bar.update()))
+    except CheckpointError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"Model repository: {out}\nStart it: sparrow serve {out}")
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("repository", type=click.Path(path_type=Path))
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option("--grpc-port", default=Ports.grpc, show_default=True)
+@click.option("--http-port", default=Ports.http, show_default=True)
+@click.option("--metrics-port", default=Ports.metrics, show_default=True)
+@click.option("--log", type=click.Path(path_type=Path, dir_okay=False), help="File for the server's log; without a command it goes to stderr.")
+def serve(repository: Path, command: tuple[str, ...], grpc_port: int, http_port: int, metrics_port: int, log: Path | None) -> None:
+    """Run tritonserver on REPOSITORY until Ctrl-C; with COMMAND, run that while the server is up and stop it afterwards."""
+    ports = Ports(grpc_port, http_port, metrics_port)
+    output = log.open("w") if log else None if command else sys.stderr
+    try:
+        with Server(repository, ports, output) as server:
+            click.echo(f"Ready: gRPC {server.url}, HTTP localhost:{ports.http}, metrics localhost:{ports.metrics}/metrics", err=True)
+            try:
+                status = subprocess.run(command).returncode if command else server.wait()
+            except KeyboardInterrupt:
+                status = 0
+    except ServerError as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(status)

@@ -1,0 +1,153 @@
+"""SAM2's image encoder at any input size: Hiera trunk and feature pyramid (spec 7.1; hieradet.py, image_encoder.py)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ensemble.config import HieraConfig
+
+from .layers import MLP, small_random, split_heads
+
+PATCH_STRIDE = 4
+"""Pixels from one cell of the first stage to the next."""
+POOL = 2
+"""Each stage but the first halves the sides of the map."""
+
+
+class Hiera(nn.Module):
+    """Trunk of four stages of windowed attention.
+
+    Args:
+        hiera: its sizes.
+        image_size: side of the input in pixels, a multiple of 32.
+    """
+
+    def __init__(self, hiera: HieraConfig, image_size: int) -> None:
+        super().__init__()
+        self.grid = image_size // PATCH_STRIDE
+        self.last_blocks = [sum(hiera.stages[: stage + 1]) - 1 for stage in range(len(hiera.stages))]
+        patch_embed = nn.Conv2d(3, hiera.embed_dim, kernel_size=7, stride=PATCH_STRIDE, padding=3)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=patch_embed))
+        self.pos_embed = small_random(1, hiera.embed_dim, hiera.position_grid, hiera.position_grid)
+        self.pos_embed_window = small_random(1, hiera.embed_dim, hiera.window_sizes[0], hiera.window_sizes[0])
+        self.blocks = nn.ModuleList()
+        for stage, depth in enumerate(hiera.stages):
+            for depth_idx in range(depth):
+                # A stage's first block still reads the map, the windows and the width of the stage before it.
+                source = stage - 1 if depth_idx == 0 and stage > 0 else stage
+                grid = self.grid // POOL**source
+                window = grid if len(self.blocks) in hiera.global_blocks else hiera.window_sizes[source]
+                self.blocks.append(Block(hiera.widths[source], hiera.widths[stage], hiera.heads * 2**stage, grid, window))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Features of every stage.
+
+        Args:
+            images: [N, 3, image_size, image_size] float32, normalised.
+        Returns:
+            Per stage [N, H, W, C], H = W = image_size / 4, 8, 16, 32.
+        """
+        x = self.patch_embed(images).permute(0, 2, 3, 1) + self.positions()  # [N, 3, S, S] -> [N, H, W, C]
+        maps = []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in self.last_blocks:
+                maps.append(x)
+        return maps
+
+    def positions(self) -> Tensor:
+        """[1, H, W, C] learned positions: resized background plus one window, repeated."""
+        background = F.interpolate(self.pos_embed, (self.grid, self.grid), mode="bicubic")
+        repeats = self.grid // self.pos_embed_window.shape[2]
+        return (background + self.pos_embed_window.tile(1, 1, repeats, repeats)).permute(0, 2, 3, 1)
+
+
+class Block(nn.Module):
+    """Attention within windows, then an MLP; where the width grows, queries and shortcut are max-pooled."""
+
+    def __init__(self, width: int, out_width: int, heads: int, grid: int, window: int) -> None:
+        super().__init__()
+        self.pools = out_width != width
+        self.window, self.out_window = window, window // POOL if self.pools else window
+        self.out_grid = grid // POOL if self.pools else grid
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = WindowAttention(width, out_width, heads)
+        self.norm2 = nn.LayerNorm(out_width, eps=1e-6)
+        self.mlp = MLP(out_width, 4 * out_width, out_width, 2, nn.GELU())
+        if self.pools:
+            self.proj = nn.Linear(width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = self.norm1(x)
+        shortcut = max_pool(self.proj(normal)) if self.pools else x  # [N, H, W, C] -> [N, H / 2, W / 2, 2 C] where it pools
+        x = shortcut + join_windows(self.attn(split_windows(normal, self.window), self.pools), self.out_window, self.out_grid)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class WindowAttention(nn.Module):
+    """Self-attention of the cells of each window."""
+
+    def __init__(self, width: int, out_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * out_width)
+        self.proj = nn.Linear(out_width, out_width)
+
+    def forward(self, x: Tensor, pools: bool) -> Tensor:
+        """[N, w, w, C] -> [N, w * w, C], or a quarter of the cells where the queries are pooled."""
+        q, k, v = self.qkv(x).chunk(3, -1)  # [N, w, w, 3 C] -> 3 x [N, w, w, C]
+        q = max_pool(q) if pools else q
+        q, k, v = (split_heads(x.flatten(1, 2), self.heads) for x in (q, k, v))  # [N, w, w, C] -> [N, heads, w * w, C / heads]
+        x = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(x.transpose(1, 2).flatten(2))  # [N, heads, w * w, C / heads] -> [N, w * w, C]
+        return out
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """[N, H, W, C] -> [N, H / 2, W / 2, C]"""
+    half = x.shape[1] // POOL
+    return x.reshape(-1, half, POOL, half, POOL, x.shape[3]).amax((2, 4))
+
+
+def split_windows(x: Tensor, window: int) -> Tensor:
+    """[N, H, W, C] -> [N * windows, w, w, C]; zeros fill the last windows, and are attended (spec 4.2)."""
+    missing = -x.shape[1] % window
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing, 0, missing))
+    count = x.shape[1] // window
+    x = x.reshape(-1, count, window, count, window, x.shape[3]).transpose(2, 3)  # [N, H, W, C] -> [N, n, n, w, w, C]
+    return x.flatten(0, 2)
+
+
+def join_windows(x: Tensor, window: int, grid: int) -> Tensor:
+    """[N * windows, w * w, C] -> [N, H, W, C], without the fill; H = W = grid."""
+    count = -(-grid // window)
+    x = x.reshape(-1, count, count, window, window, x.shape[2]).transpose(2, 3)  # -> [N, n, w, n, w, C]
+    return x.flatten(3, 4).flatten(1, 2)[:, :grid, :grid]
+
+
+class FeaturePyramid(nn.Module):
+    """Neck: every stage projected to one width, the coarsest added to the one above it and then dropped."""
+
+    def __init__(self, hiera: HieraConfig, width: int) -> None:
+        super().__init__()
+        # Coarsest first, as the checkpoint has them.
+        laterals = [nn.Conv2d(channels, width, 1) for channels in reversed(hiera.widths)]
+        self.convs = nn.ModuleList(nn.Sequential(OrderedDict(conv=conv)) for conv in laterals)
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Three levels.
+
+        Args:
+            maps: what `Hiera` returns.
+        Returns:
+            [N, width, H, H] of stride 4, 8, 16.
+        """
+        channels_first = [x.permute(0, 3, 1, 2) for x in reversed(maps)]  # [N, H, W, C] -> [N, C, H, W]
+        laterals = [conv(x) for conv, x in zip(self.convs, channels_first, strict=True)]  # -> [N, width, H, W]
+        stride_32, stride_16, stride_8, stride_4 = laterals
+        return stride_4, stride_8, stride_16 + F.interpolate(stride_32, scale_factor=2.0, mode="nearest")

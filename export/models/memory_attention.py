@@ -1,0 +1,114 @@
+"""Conditions a frame on an object's past (spec 7.5; memory_attention.py, sam2_base.py _prepare_memory_conditioned_features)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ensemble.config import ModelConfig, Sam2Config
+
+from .layers import TEMPERATURE, Attention, Graph, sine_positions, small_random
+
+FRAME_POSITION_SCALE = 0.1
+"""Weight of the positions that are added to the frame (memory_attention.py)."""
+
+
+class MemoryAttention(Graph):
+    """Layers of self-attention over the frame and cross-attention to memory maps and object pointers."""
+
+    keys: ClassVar[dict[str, str]] = {
+        "layers.": "sparrow:model.visual_model.memory_attention.layers.",
+        "norm.": "sparrow:model.visual_model.memory_attention.norm.",
+        "maskmem_tpos_enc": "sparrow:model.visual_model.maskmem_tpos_enc",
+    }
+    frame_positions: Tensor
+    map_positions: Tensor
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        sam2 = config.sam2
+        self.layers = nn.ModuleList(MemoryLayer(sam2) for _ in range(sam2.memory_layers))
+        self.norm = nn.LayerNorm(sam2.width)
+        self.maskmem_tpos_enc = small_random(sam2.num_maps, 1, 1, sam2.memory_width)
+        self.register_buffer("frame_positions", sine_positions(sam2.grid, sam2.width).flatten(0, 1), persistent=False)
+        self.register_buffer("map_positions", sine_positions(sam2.grid, sam2.memory_width).flatten(0, 1), persistent=False)
+        angles = rope_angles(sam2.grid, sam2.width)
+        self.register_buffer("rope_cos", angles.cos(), persistent=False)
+        self.register_buffer("rope_sin", angles.sin(), persistent=False)
+
+    def forward(
+        self,
+        frame_embeddings: Tensor,
+        object_frame: Tensor,
+        memory_maps: Tensor,
+        memory_rows: Tensor,
+        object_pointers: Tensor,
+        pointer_present: Tensor,
+    ) -> Tensor:
+        """Contract `memory_attention`: conditioned_embeddings; finite, but without meaning, for an object without memory."""
+        sam2 = self.config.sam2
+        frames = frame_embeddings.flatten(2).transpose(1, 2)  # [T, C, g, g] -> [T, g * g, C]
+        x = (frames + FRAME_POSITION_SCALE * self.frame_positions)[object_frame]  # [T, g * g, C] -> [O, g * g, C]
+
+        maps = memory_maps.flatten(3).transpose(2, 3)  # [O, M, C, g, g] -> [O, M, g * g, C]
+        temporal = self.maskmem_tpos_enc.flatten(1)[memory_rows.clamp(min=0)]  # [O, M] -> [O, M, C]
+        map_keys = maps + self.map_positions + temporal[:, :, None]
+        objects, tokens = object_pointers.shape[0], sam2.width // sam2.memory_width
+        pointers = object_pointers.reshape(objects, -1, sam2.memory_width)  # [O, P, width] -> [O, P * tokens, C]
+        values = torch.cat([maps.flatten(1, 2), pointers], 1)  # [O, K, C], K = M * g * g + P * tokens
+
+        map_present = (memory_rows >= 0).repeat_interleave(sam2.grid**2, 1)  # [O, M] -> [O, M * g * g]
+        token_present = pointer_present.repeat_interleave(tokens, 1)  # [O, P] -> [O, P * tokens]
+        present = torch.cat([map_present, token_present], 1)  # [O, K]
+        # A softmax over no key at all would be NaN.
+        mask = (present | ~present.any(1, keepdim=True))[:, None, None]  # [O, K] -> [O, 1, 1, K]
+
+        for layer in self.layers:
+            x = layer(x, map_keys, pointers, values, mask, self.rope_cos, self.rope_sin)
+        conditioned: Tensor = self.norm(x).transpose(1, 2)  # [O, g * g, C] -> [O, C, g * g]
+        return conditioned.reshape(-1, sam2.width, sam2.grid, sam2.grid)
+
+
+class MemoryLayer(nn.Module):
+    """Pre-norm layer: self-attention, cross-attention, MLP; one head, rotary positions on everything but pointers."""
+
+    def __init__(self, sam2: Sam2Config) -> None:
+        super().__init__()
+        width = sam2.width
+        self.self_attn = Attention(width, 1, width)
+        self.cross_attn_image = Attention(width, 1, width, sam2.memory_width)
+        self.linear1 = nn.Linear(width, sam2.memory_mlp_width)
+        self.linear2 = nn.Linear(sam2.memory_mlp_width, width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+
+    def forward(
+        self, x: Tensor, map_keys: Tensor, pointers: Tensor, values: Tensor, mask: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        attn, normal = self.self_attn, self.norm1(x)
+        q, k = rotate(attn.q_proj(normal), cos, sin), rotate(attn.k_proj(normal), cos, sin)
+        x = x + attn.attend(q, k, attn.v_proj(normal))
+
+        attn, normal = self.cross_attn_image, self.norm2(x)
+        map_k = rotate(attn.k_proj(map_keys), cos, sin).flatten(1, 2)  # [O, M, g * g, C] -> [O, M * g * g, C]
+        k = torch.cat([map_k, attn.k_proj(pointers)], 1)  # [O, K, C]
+        x = x + attn.attend(rotate(attn.q_proj(normal), cos, sin), k, attn.v_proj(values), mask)
+
+        out: Tensor = x + self.linear2(F.relu(self.linear1(self.norm3(x))))
+        return out
+
+
+def rope_angles(grid: int, width: int) -> Tensor:
+    """Rotation of each channel pair in each cell: [grid * grid, width / 2], columns first, then rows (compute_axial_cis)."""
+    angle = torch.arange(grid)[:, None] * TEMPERATURE ** -(torch.arange(0, width, 4) / width)  # [grid, width / 4]
+    return torch.cat([angle.expand(grid, -1, -1), angle[:, None].expand(-1, grid, -1)], -1).flatten(0, 1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates neighbouring channels of x [..., g * g, C] by the angles of cos, sin [g * g, C / 2]."""
+    even, odd = x[..., 0::2], x[..., 1::2]  # [..., C] -> [..., C / 2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)  # -> [..., C]

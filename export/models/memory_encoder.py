@@ -1,0 +1,70 @@
+"""A frame and an object's mask to the memory that later frames attend to (spec 7.4; memory_encoder.py, sam2_base.py _encode_new_memory)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ensemble import settings
+from ensemble.config import ModelConfig
+
+from .layers import Graph, LayerNorm2d
+
+MASK_CHANNELS = (1, 4, 16, 64, 256)
+"""Channels of the mask at stride 1, 2, 4, 8, 16: each step keeps the number of values."""
+FUSER_BLOCKS = 2
+
+
+class MemoryEncoder(Graph):
+    """Sum of the projected frame and the downsampled mask, through ConvNeXt blocks."""
+
+    keys: ClassVar[dict[str, str]] = {
+        "mask_downsampler.": "sparrow:model.visual_model.memory_encoder.mask_downsampler.encoder.",
+        "pix_feat_proj.": "sparrow:model.visual_model.memory_encoder.pix_feat_proj.",
+        "fuser.": "sparrow:model.visual_model.memory_encoder.fuser.layers.",
+        "out_proj.": "sparrow:model.visual_model.memory_encoder.out_proj.",
+    }
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        sam2 = config.sam2
+        self.mask_downsampler = nn.Sequential()
+        for channels, out_channels in pairwise(MASK_CHANNELS):
+            self.mask_downsampler.extend([nn.Conv2d(channels, out_channels, 3, 2, 1), LayerNorm2d(out_channels), nn.GELU()])
+        self.mask_downsampler.append(nn.Conv2d(MASK_CHANNELS[-1], sam2.width, 1))
+        self.pix_feat_proj = nn.Conv2d(sam2.width, sam2.width, 1)
+        self.fuser = nn.Sequential(*(ConvNextBlock(sam2.width) for _ in range(FUSER_BLOCKS)))
+        self.out_proj = nn.Conv2d(sam2.width, sam2.memory_width, 1)
+
+    def forward(self, frame_embeddings: Tensor, object_frame: Tensor, mask_logits: Tensor, prompted: Tensor) -> Tensor:
+        """Contract `memory_encoder`: memory_maps."""
+        size = self.config.sam2.image_size
+        logits = F.interpolate(mask_logits[:, None], (size, size), mode="bilinear")  # [O, 4 g, 4 g] -> [O, 1, S, S]
+        mask = torch.where(prompted[:, None, None, None], (logits > 0).float(), logits.sigmoid())
+        mask = mask * settings.MEMORY_MASK_SCALE + settings.MEMORY_MASK_BIAS
+        frames = self.pix_feat_proj(frame_embeddings)[object_frame]  # [T, C, g, g] -> [O, C, g, g]
+        maps: Tensor = self.out_proj(self.fuser(frames + self.mask_downsampler(mask)))  # -> [O, memory_width, g, g]
+        return maps.to(torch.bfloat16).float()
+
+
+class ConvNextBlock(nn.Module):
+    """7 by 7 depthwise convolution and an MLP per cell, scaled (CXBlock; its `gamma` is `weight` in SPARROW's checkpoints)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pwconv1 = nn.Linear(width, 4 * width)
+        self.pwconv2 = nn.Linear(4 * width, width)
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[O, C, g, g] -> [O, C, g, g]"""
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # [O, C, g, g] -> [O, g, g, C]
+        y = self.weight * self.pwconv2(F.gelu(self.pwconv1(y)))
+        out: Tensor = x + y.permute(0, 3, 1, 2)  # [O, g, g, C] -> [O, C, g, g]
+        return out

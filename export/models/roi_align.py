@@ -1,0 +1,82 @@
+"""Mean of a feature map over a grid of cells in each box, as torchvision's compiled `roi_align` takes it (spec 5.2).
+
+A custom operator, so that it is exported as one ONNX RoiAlign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("sparrow::roi_align", mutates_args=())
+def roi_align(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
+    """Samples lie half a cell apart from the edges of as fine a grid as a cell has pixels of the map; those further than a pixel
+    outside of the map count as zero (aligned=True, sampling_ratio=-1).
+
+    Args:
+        features: [1, C, h, w] float.
+        boxes: [P, 4] float, xyxy, unbounded; a box without extent has no samples and gives zeros.
+        size: cells along each side of a box.
+        scale: pixels of the map per unit of `boxes`.
+    Returns:
+        [P, C, size, size] float.
+    """
+    start, end = (boxes * scale - 0.5).split(2, dim=1)  # [P, 4] -> 2 x [P, 2], x and y
+    columns = axis_weights(start[:, 0], end[:, 0], size, features.shape[3])
+    rows = axis_weights(start[:, 1], end[:, 1], size, features.shape[2])
+    lines = torch.einsum("pih,chw->pciw", rows, features[0])  # [C, h, w] -> [P, C, size, w]
+    return torch.einsum("pjw,pciw->pcij", columns, lines)  # -> [P, C, size, size]
+
+
+def axis_weights(start: Tensor, end: Tensor, size: int, length: int) -> Tensor:
+    """How much of each pixel along one axis every cell of a box takes; cells of both axes multiply, as bilinear samples do.
+
+    Args:
+        start, end: [P] float, in pixels of the map, pixel centres at whole numbers.
+        size: cells of a box.
+        length: pixels of the map.
+    Returns:
+        [P, size, length] float.
+    """
+    cell = (end - start) / size
+    samples = cell.ceil().clamp(min=0)
+    most = int(samples.max().clamp(min=1))
+    sample = torch.arange(most, device=start.device)
+    within = (sample + 0.5) * (cell / samples.clamp(min=1))[:, None]  # [P, most]
+    at = (start[:, None] + torch.arange(size, device=start.device) * cell[:, None])[:, :, None] + within[:, None]  # [P, size, most]
+    counts = (sample < samples[:, None])[:, None] & (at >= -1) & (at <= length)
+    distance = (at.clamp(0, length - 1)[..., None] - torch.arange(length, device=start.device)).abs()  # [P, size, most, length]
+    weights = torch.where(counts[..., None], (1 - distance).clamp(min=0), 0)
+    return weights.sum(2) / samples.clamp(min=1)[:, None, None]  # -> [P, size, length]
+
+
+@roi_align.register_fake
+def _(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
+    return features.new_empty(boxes.shape[0], features.shape[1], size, size)
+
+
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What `torch.onnx.export(custom_translation_table=...)` needs to know."""
+    import onnx
+    from onnxscript import opset18
+
+    first_map = onnx.helper.make_tensor("first_map", onnx.TensorProto.INT64, [1], [0])
+
+    def translation(features: Any, boxes: Any, size: int, scale: float) -> Any:
+        return opset18.RoiAlign(
+            features,
+            boxes,
+            opset18.ConstantOfShape(opset18.Shape(boxes, end=1), value=first_map),
+            coordinate_transformation_mode="half_pixel",
+            mode="avg",
+            output_height=size,
+            output_width=size,
+            sampling_ratio=0,
+            spatial_scale=scale,
+        )
+
+    return {torch.ops.sparrow.roi_align.default: translation}

@@ -1,0 +1,211 @@
+"""Starts the real tritonserver of the nvidia-pytriton wheel on a model repository, and stops it cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import IO
+
+ROOT = Path(__file__).parent.parent
+"""Holds the packages `ensemble` and `export`, which the model.py files import."""
+
+STOP_TIMEOUT_S = 20
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that a child gets when its parent dies."""
+
+
+class ServerError(Exception):
+    """The server cannot be started; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the server listens."""
+
+    grpc: int = 8001
+    http: int = 8000
+    metrics: int = 8002
+
+    @classmethod
+    def free(cls) -> Ports:
+        """Three ports that nobody uses now."""
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            for entry in sockets:
+                entry.bind(("127.0.0.1", 0))
+            return cls(*(entry.getsockname()[1] for entry in sockets))
+
+
+class Server:
+    """A running tritonserver; leaving the context stops it.
+
+    Args:
+        repository: written by `sparrow export`.
+        ports: must be free.
+        log: receives the server's output; None keeps only its end, for messages.
+        ready_timeout_s: how long models may take to load.
+    Raises:
+        ServerError: on entering, when the server cannot be started or a model does not load.
+    """
+
+    def __init__(self, repository: Path | str, ports: Ports, log: IO[str] | None = None, ready_timeout_s: float = 300) -> None:
+        self.repository, self.ports, self._log, self._ready_timeout_s = Path(repository), ports, log, ready_timeout_s
+        self._tail: deque[str] = deque(maxlen=400)
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def url(self) -> str:
+        return f"localhost:{self.ports.grpc}"
+
+    def __enter__(self) -> Server:
+        with contextlib.ExitStack() as stack:
+            self._start(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparrow-"))))
+            stack.callback(self._stop)
+            self._wait_until_ready()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def wait(self) -> int:
+        """Blocks until the server ends by itself; its exit status."""
+        return self._process.wait()
+
+    def _start(self, workspace: Path) -> None:
+        if not (self.repository / "sparrow" / "config.pbtxt").exists():
+            raise ServerError(f"{self.repository}: no model repository there. Write one: sparrow export CHECKPOINT -o {self.repository}")
+        for name, port in vars(self.ports).items():
+            check_port(name, port)
+        binary, libraries = find_tritonserver()
+        backends = write_backends(workspace / "backends", binary)
+        command = [
+            str(binary),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={backends}",
+            f"--grpc-port={self.ports.grpc}",
+            f"--http-port={self.ports.http}",
+            f"--metrics-port={self.ports.metrics}",
+            "--disable-auto-complete-config",
+            f"--exit-timeout-secs={STOP_TIMEOUT_S // 2}",
+        ]
+        packages = [str(ROOT), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        environment = {
+            **os.environ,
+            "LD_LIBRARY_PATH": os.pathsep.join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]),
+            "PYTHONPATH": os.pathsep.join([*dict.fromkeys(packages), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONDONTWRITEBYTECODE": "1",  # a __pycache__ folder in the repository would be taken for a model version
+        }
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C reaches us alone; we stop the server
+            preexec_fn=end_with_parent,
+        )
+        Thread(target=self._read_log, daemon=True).start()
+
+    def _read_log(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._tail.append(line)
+            if self._log:
+                self._log.write(line)
+                self._log.flush()
+
+    def _wait_until_ready(self) -> None:
+        import tritonclient.grpc as triton
+
+        deadline = time.monotonic() + self._ready_timeout_s
+        with triton.InferenceServerClient(self.url) as client:
+            while time.monotonic() < deadline:
+                if self._process.poll() is not None:
+                    raise ServerError(f"tritonserver ended with status {self._process.returncode}.\n{self._failures()}")
+                with contextlib.suppress(triton.InferenceServerException):
+                    if client.is_server_ready(client_timeout=1):
+                        return
+                time.sleep(0.1)
+        raise ServerError(f"tritonserver was not ready after {self._ready_timeout_s:g} s.\n{self._failures()}")
+
+    def _failures(self) -> str:
+        """The lines of the log that say what went wrong."""
+        lines = [line for line in self._tail if line.startswith("E") or "Error" in line or "failed" in line]
+        return "".join(lines[-20:] or list(self._tail)[-20:]).rstrip()
+
+    def _stop(self) -> None:
+        """Asks the server to end, then makes sure that it and its model processes are gone."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def end_with_parent() -> None:
+    """Runs in the child: it gets SIGTERM when this process is killed, so that no server is left behind."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def check_port(name: str, port: int) -> None:
+    """Raises ServerError when somebody listens on `port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError as error:
+            raise ServerError(f"{name} port {port}: {error.strerror}. Stop what uses it, or choose another with --{name}-port.") from error
+
+
+def find_tritonserver() -> tuple[Path, list[str]]:
+    """The server's binary and the folders of the libraries that it and its Python stub need.
+
+    Raises:
+        ServerError: the wheel or libpython is missing; says which package brings it.
+    """
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise ServerError("tritonserver: not installed. Install it: pip install 'sparrow-serving[server]'")
+    package = Path(spec.origin).parent
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    library = f"libpython{version}.so.1.0"
+    folders = [sysconfig.get_config_var("LIBDIR"), f"/usr/lib/{sysconfig.get_config_var('MULTIARCH')}", "/usr/local/lib", "/usr/lib64"]
+    python = next((folder for folder in folders if folder and (Path(folder) / library).exists()), None)
+    if python is None:
+        raise ServerError(f"{library}: not found in {', '.join(map(str, folders))}. Install it, e.g. apt install libpython{version}")
+    return package / "tritonserver" / "bin" / "tritonserver", [str(package.parent / "nvidia_pytriton.libs"), python]
+
+
+def write_backends(folder: Path, binary: Path) -> Path:
+    """A backend directory with the Python backend and the stub of this Python version."""
+    tritonserver = binary.parent.parent
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stubs = tritonserver / "python_backend_stubs" / version
+    if not stubs.exists():
+        known = ", ".join(sorted(path.name for path in stubs.parent.iterdir()))
+        raise ServerError(f"Python {version}: tritonserver has stubs for {known} only. Use one of these.")
+    shutil.copytree(tritonserver / "backends" / "python", folder / "python")
+    shutil.copytree(stubs, folder / "python", dirs_exist_ok=True)
+    for executable in (folder / "python" / "triton_python_backend_stub", binary):
+        if not os.access(executable, os.X_OK):  # wheels do not keep the run bit
+            executable.chmod(0o755)
+    return folder

@@ -1,0 +1,77 @@
+"""Torch module to ONNX graph, with names and axes from the contract."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ensemble.components import components
+from ensemble.tensors import Component, Dim
+
+if TYPE_CHECKING:
+    from .models.layers import Graph
+
+OPSET = 18
+EXTERNAL_DATA_BYTES = 1 << 30
+"""Weights beyond this go to a file beside the graph: a protobuf ends at 2 GiB."""
+
+
+def onnx_from_torch(module: Graph, component: str, path: Path) -> None:
+    """Exports a component and checks that the graph's inputs and outputs are the contract's.
+
+    Args:
+        module: in eval mode, with its weights.
+        component: its name.
+        path: .onnx file to write.
+    Raises:
+        ValueError: the graph differs from the contract.
+    """
+    import onnx
+    import torch
+
+    from .models.roi_align import onnx_translations
+
+    contract = components(module.config)[component]
+    sample = {name: torch.from_numpy(array) for name, array in contract.sample(seed=0, **export_sizes(contract)).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            module,
+            tuple(sample.values()),
+            dynamo=True,
+            dynamic_shapes=dict(contract.dynamic_axes()),
+            input_names=list(sample),
+            output_names=[spec.name for spec in contract.outputs],
+            opset_version=OPSET,
+            custom_translation_table=onnx_translations(),
+            verbose=False,
+        )
+    assert program is not None
+    size = sum(tensor.nbytes for tensor in module.state_dict().values())
+    program.save(path, external_data=size > EXTERNAL_DATA_BYTES)
+    check_graph(onnx.load(path, load_external_data=False), contract)
+    onnx.checker.check_model(path)
+
+
+def export_sizes(contract: Component) -> dict[str, int]:
+    """Sizes to trace at: torch.export specialises 0 and 1, so every Dim gets at least 2, and cached positions stay valid."""
+    dims = {size.name: size for spec in contract.inputs for size in spec.shape if isinstance(size, Dim)}
+    sizes = {name: min(max(2, dim.min), dim.max) for name, dim in dims.items()}
+    # Distinct sizes keep the tracer from taking two Dims for one.
+    return {name: min(size + index, dims[name].max) for index, (name, size) in enumerate(sizes.items())}
+
+
+def check_graph(graph: object, contract: Component) -> None:
+    """Raises ValueError when names, order or fixed sizes of the graph's inputs and outputs differ from the contract's."""
+    for kind, specs in (("input", contract.inputs), ("output", contract.outputs)):
+        values = getattr(graph.graph, kind)  # type: ignore[attr-defined]
+        got = [(value.name, [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]) for value in values]
+        expected = [(spec.name, list(spec.dims())) for spec in specs]
+        for (name, dims), (expected_name, expected_dims) in zip(got, expected, strict=True):
+            fits = name == expected_name and all(size in (-1, dim) for dim, size in zip(dims, expected_dims, strict=True))
+            dynamic = all(isinstance(dim, str) for dim, size in zip(dims, expected_dims, strict=True) if size == -1)
+            if not (fits and (dynamic or kind == "output")):
+                raise ValueError(f"{contract.name}: the exported {kind} is {name} {dims}, expected {expected_name} {expected_dims}.")

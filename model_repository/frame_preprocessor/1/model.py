@@ -1,0 +1,6 @@
+from ensemble.backend import FunctionModel
+from ensemble.frames import session_frame
+
+
+class TritonPythonModel(FunctionModel):
+    function = staticmethod(session_frame)
