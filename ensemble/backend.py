@@ -24,11 +24,12 @@ from .pipeline import Pipeline
 from .runner import Graph, Parameters, SequenceRequest, Session, Stateful
 from .tensors import Arrays
 
-ERRORS = {
-    getattr(pb_utils.TritonError, error.triton_code): error
-    for error in (errors.InvalidInput, errors.UnknownSession, errors.CapacityExceeded, errors.ComponentFailed)
-}
-"""Triton status code to our exception."""
+def error_from_triton(error: Any) -> SparrowError:
+    """Our exception for the error of another model's response."""
+    for kind in (errors.InvalidInput, errors.UnknownSession, errors.CapacityExceeded):
+        if error.code() == getattr(pb_utils.TritonError, kind.triton_code):
+            return kind(error.message())
+    return ComponentFailed(error.message())
 
 
 def read_inputs(request: Any) -> Arrays:
@@ -205,8 +206,7 @@ class BlsRunner:
         )
         response = request.exec()
         if response.has_error():
-            error = response.error()
-            raise ERRORS.get(error.code(), ComponentFailed)(error.message())
+            raise error_from_triton(response.error())
         return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
 
 

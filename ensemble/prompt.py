@@ -47,7 +47,7 @@ def phrases(answer: str) -> list[str]:
     """The words of the answer that name each [SEG]: inside the last <p> </p> before it, else all words since the last [SEG]."""
     found: list[str] = []
     for piece in answer.split(SEG)[:-1]:
-        marked = re.findall(r"<p>(.*?)</p>", piece)
+        marked = re.findall(r"<p>(.*?)</p>", piece, re.DOTALL)
         words = marked[-1] if marked else piece.replace(BOX, " ")
         found.append(" ".join(words.split()))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,14 +41,18 @@ def export(checkpoint: Path, out: Path) -> None:
 @click.option("--metrics-port", default=Ports.metrics, show_default=True)
 @click.option("--log", type=click.Path(path_type=Path, dir_okay=False), help="File for the server's log; without a command it goes to stderr.")
 def serve(repository: Path, command: tuple[str, ...], grpc_port: int, http_port: int, metrics_port: int, log: Path | None) -> None:
-    """Run tritonserver on REPOSITORY until Ctrl-C; with COMMAND, run that while the server is up and stop it afterwards."""
-    ports = Ports(grpc_port, http_port, metrics_port)
+    """Run tritonserver on REPOSITORY until Ctrl-C; with COMMAND, run that while the server is up and stop it afterwards.
+
+    Port 0 stands for any free one. COMMAND finds the gRPC address in SPARROW_SERVER, where `sparrow segment` looks for it.
+    """
+    command = command[1:] if command[:1] == ("--",) else command
     output = log.open("w") if log else None if command else sys.stderr
     try:
-        with Server(repository, ports, output) as server:
-            click.echo(f"Ready: gRPC {server.url}, HTTP localhost:{ports.http}, metrics localhost:{ports.metrics}/metrics", err=True)
+        with Server(repository, Ports(grpc_port, http_port, metrics_port), output) as server:
+            click.echo(f"Ready: gRPC {server.url}, HTTP localhost:{server.ports.http}, metrics localhost:{server.ports.metrics}/metrics", err=True)
             try:
-                status = subprocess.run(command).returncode if command else server.wait()
+                environment = {**os.environ, "SPARROW_SERVER": server.url}
+                status = subprocess.run(command, env=environment).returncode if command else server.wait()
             except KeyboardInterrupt:
                 status = 0
     except ServerError as error:

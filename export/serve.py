@@ -34,20 +34,21 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the server listens."""
+    """Where the server listens; 0 stands for any free port."""
 
     grpc: int = 8001
     http: int = 8000
     metrics: int = 8002
 
-    @classmethod
-    def free(cls) -> Ports:
-        """Three ports that nobody uses now."""
+    def chosen(self) -> Ports:
+        """These ports, with one that nobody uses for every 0."""
         with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for entry in sockets:
-                entry.bind(("127.0.0.1", 0))
-            return cls(*(entry.getsockname()[1] for entry in sockets))
+            ports = list(vars(self).values())
+            for index in [index for index, port in enumerate(ports) if port == 0]:
+                probe = stack.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", 0))
+                ports[index] = probe.getsockname()[1]
+            return Ports(*ports)
 
 
 class Server:
@@ -55,7 +56,7 @@ class Server:
 
     Args:
         repository: written by `sparrow export`.
-        ports: must be free.
+        ports: where to listen.
         log: receives the server's output; None keeps only its end, for messages.
         ready_timeout_s: how long models may take to load.
     Raises:
@@ -63,7 +64,7 @@ class Server:
     """
 
     def __init__(self, repository: Path | str, ports: Ports, log: IO[str] | None = None, ready_timeout_s: float = 300) -> None:
-        self.repository, self.ports, self._log, self._ready_timeout_s = Path(repository), ports, log, ready_timeout_s
+        self.repository, self.ports, self._log, self._ready_timeout_s = Path(repository), ports.chosen(), log, ready_timeout_s
         self._tail: deque[str] = deque(maxlen=400)
         self._stack = contextlib.ExitStack()
 
@@ -145,9 +146,10 @@ class Server:
         raise ServerError(f"tritonserver was not ready after {self._ready_timeout_s:g} s.\n{self._failures()}")
 
     def _failures(self) -> str:
-        """The lines of the log that say what went wrong."""
-        lines = [line for line in self._tail if line.startswith("E") or "Error" in line or "failed" in line]
-        return "".join(lines[-20:] or list(self._tail)[-20:]).rstrip()
+        """What the log says went wrong: a line per model that did not load, else its end."""
+        failures = [line.split("failed to load", 1)[1].split("\\n")[0] for line in self._tail if "failed to load '" in line]
+        reasons = [f"  cannot load{failure}" for failure in failures if ": " in failure]
+        return "\n".join(reasons) or "".join(list(self._tail)[-20:]).rstrip()
 
     def _stop(self) -> None:
         """Asks the server to end, then makes sure that it and its model processes are gone."""

@@ -107,7 +107,7 @@ def wire_answer(sparrow: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     """
     import torch
 
-    chain = [*tokenizer.encode("<|assistant|>")[-1:], *tokenizer.encode(ANSWER), *tokenizer.encode("<|end|>")[-1:]]
+    chain = [*tokenizer.encode("<|assistant|>")[-1:], *tokenizer.encode(ANSWER.replace(" [", "[")), *tokenizer.encode("<|end|>")[-1:]]
     if len(set(chain)) < len(chain):
         raise ValueError(f"the answer {ANSWER!r} repeats a token, expected each once: {chain}")
     embeddings = torch.randn(sparrow["model.embed_tokens.weight"].shape)

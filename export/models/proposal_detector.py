@@ -73,7 +73,7 @@ class ProposalDetector(Graph):
         cells = torch.cartesian_prod(line, line)  # [g * g, 2], row and column
         centres = cells.flip(1) / grid
         proposals = torch.cat([centres, torch.full_like(centres, PROPOSAL_SIDE)], 1)
-        # In a box of this side an offset counts cells.
+        # In a box of this side offsets count cells, as the encoder's do.
         boxes = torch.cat([centres, torch.full_like(centres, 2 * proposer.points / grid)], 1)
         self.register_buffer("cell_positions", sines(cells / (grid + 1e-6), width // 2)[None], persistent=False)  # [1, g * g, C]
         self.register_buffer("cell_boxes", boxes[None], persistent=False)  # [1, g * g, 4]
@@ -102,8 +102,9 @@ class ProposalDetector(Graph):
             memory = encoder_layer(memory, self.cell_positions + self.level_embed, self.cell_boxes)
 
         references = self.propose(memory)  # [1, Q, 4]
-        placed = self.pos_trans_norm(self.pos_trans(sines(references, self.config.proposer.width // 2)))  # [1, Q, 4] -> [1, Q, 2 C]
-        positions = placed.chunk(2, 2)[0]  # [1, Q, C]; the original Deformable-DETR takes the content of the query from the rest
+        embedded = sines(references, self.config.proposer.width // 2)  # [1, Q, 4] -> [1, Q, 2 C]
+        # The other half would be the content of the queries in the original Deformable-DETR.
+        positions = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, 2)[0]  # -> [1, Q, C]
         features = earlier = self.query_position_embeddings.weight[None]  # [1, Q, C]
         for decoder_layer in self.decoder:
             earlier, features = features, decoder_layer(features, positions, memory, references)
@@ -194,14 +195,15 @@ class DeformableAttention(nn.Module):
         Returns:
             [N, S, C]
         """
-        offsets = self.sampling_offsets(queries).unflatten(2, (self.heads, self.points, 2))  # [N, S, C] -> [N, S, heads, points, 2]
+        offsets = self.sampling_offsets(queries)
+        offsets = offsets.unflatten(2, (self.heads, self.points, 2))  # [N, S, 2 * heads * points] -> [N, S, heads, points, 2]
         centres, sides = boxes[:, :, None, None].chunk(2, -1)  # [N, S, 4] -> 2 x [N, S, 1, 1, 2]
         at = 2 * (centres + offsets / self.points * sides * 0.5) - 1
         at = at.transpose(1, 2).flatten(0, 1)  # [N, S, heads, points, 2] -> [N * heads, S, points, 2]
         weights = split_heads(self.attention_weights(queries), self.heads).softmax(3)  # [N, S, C] -> [N, heads, S, points]
         values = self.value_proj(memory).transpose(1, 2)  # [N, g * g, C] -> [N, C, g * g]
         maps = values.reshape(len(at), -1, self.grid, self.grid)  # -> [N * heads, C / heads, g, g]
-        samples = F.grid_sample(maps, at, mode="bilinear", padding_mode="zeros", align_corners=False)  # [N * heads, C / heads, S, points]
+        samples = F.grid_sample(maps, at, padding_mode="zeros", align_corners=False)  # -> [N * heads, C / heads, S, points]
         x = (samples * weights.flatten(0, 1)[:, None]).sum(3)  # -> [N * heads, C / heads, S]
         out: Tensor = self.output_proj(x.reshape(len(queries), values.shape[1], -1).transpose(1, 2))  # -> [N, C, S] -> [N, S, C]
         return out

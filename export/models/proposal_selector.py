@@ -85,12 +85,11 @@ class RoiHelper(nn.Module):
         # Every proposal is a head: the ONNX exporter takes no attention without an axis of heads.
         found = F.scaled_dot_product_attention(queries, tokens[None], tokens[None])[0]  # [1, P, S, C] -> [P, S, C]
 
-        first, relu, last = self.score_head
-        # The first layer reads (found, pooled, prompt) of each pair; apart, only `found` is worked on once per pair.
-        of_found, of_pooled, of_prompt = first.weight.chunk(3, 1)
-        hidden = F.linear(found, of_found, first.bias) + F.linear(pooled, of_pooled)[:, None]
-        hidden = hidden + F.linear(self.seg_proj(prompt_embeddings), of_prompt)
-        logits: Tensor = last(relu(hidden)).squeeze(2).T  # [P, S, C] -> [P, S, 1] -> [S, P]
+        # The first layer of score_head reads (found, pooled, prompt); apart, only `found` is worked on once per pair.
+        of_found, of_pooled, of_prompt = self.score_head.get_parameter("0.weight").chunk(3, 1)
+        hidden = F.linear(found, of_found, self.score_head.get_parameter("0.bias"))
+        hidden = hidden + F.linear(pooled, of_pooled)[:, None] + F.linear(self.seg_proj(prompt_embeddings), of_prompt)
+        logits: Tensor = self.score_head[1:](hidden).squeeze(2).T  # [P, S, C] -> [P, S, 1] -> [S, P]
         return logits
 
     def read(self, boxes: Tensor, pyramid: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -98,6 +97,7 @@ class RoiHelper(nn.Module):
 
         Args:
             boxes: [P, 4] xyxy, in pixels of the grounding frame.
+            pyramid: as in `forward`.
         Returns:
             [P, 3 * cells, C], the cells of every level; [P, C], their mean.
         """

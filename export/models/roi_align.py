@@ -14,8 +14,8 @@ from torch import Tensor
 
 @torch.library.custom_op("sparrow::roi_align", mutates_args=())
 def roi_align(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
-    """Samples lie half a cell apart from the edges of as fine a grid as a cell has pixels of the map; those further than a pixel
-    outside of the map count as zero (aligned=True, sampling_ratio=-1).
+    """A cell is the mean of bilinear samples, along each axis as many as it covers pixels of the map, rounded up; those that lie
+    further than a pixel outside of the map count as zero (aligned=True, sampling_ratio=-1).
 
     Args:
         features: [1, C, h, w] float.
@@ -25,9 +25,9 @@ def roi_align(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tenso
     Returns:
         [P, C, size, size] float.
     """
-    start, end = (boxes * scale - 0.5).split(2, dim=1)  # [P, 4] -> 2 x [P, 2], x and y
-    columns = axis_weights(start[:, 0], end[:, 0], size, features.shape[3])
-    rows = axis_weights(start[:, 1], end[:, 1], size, features.shape[2])
+    left, top, right, bottom = (boxes * scale - 0.5).unbind(1)  # [P, 4] -> 4 x [P]
+    columns = axis_weights(left, right, size, features.shape[3])  # [P, size, w]
+    rows = axis_weights(top, bottom, size, features.shape[2])  # [P, size, h]
     lines = torch.einsum("pih,chw->pciw", rows, features[0])  # [C, h, w] -> [P, C, size, w]
     return torch.einsum("pjw,pciw->pcij", columns, lines)  # -> [P, C, size, size]
 
@@ -44,14 +44,15 @@ def axis_weights(start: Tensor, end: Tensor, size: int, length: int) -> Tensor:
     """
     cell = (end - start) / size
     samples = cell.ceil().clamp(min=0)
-    most = int(samples.max().clamp(min=1))
-    sample = torch.arange(most, device=start.device)
-    within = (sample + 0.5) * (cell / samples.clamp(min=1))[:, None]  # [P, most]
-    at = (start[:, None] + torch.arange(size, device=start.device) * cell[:, None])[:, :, None] + within[:, None]  # [P, size, most]
+    sample = torch.arange(int(samples.max()), device=start.device)
+    origin = start[:, None] + torch.arange(size, device=start.device) * cell[:, None]  # [P, size]
+    offset = (sample + 0.5) * cell[:, None] / samples[:, None]  # [P, most]
+    at = origin[:, :, None] + offset[:, None]  # [P, size, most]
     counts = (sample < samples[:, None])[:, None] & (at >= -1) & (at <= length)
-    distance = (at.clamp(0, length - 1)[..., None] - torch.arange(length, device=start.device)).abs()  # [P, size, most, length]
-    weights = torch.where(counts[..., None], (1 - distance).clamp(min=0), 0)
-    return weights.sum(2) / samples.clamp(min=1)[:, None, None]  # -> [P, size, length]
+    pixel = torch.arange(length, device=start.device)
+    weights = (1 - (at.clamp(0, length - 1)[..., None] - pixel).abs()).clamp(min=0)  # [P, size, most, length]
+    total = torch.where(counts[..., None], weights, 0).sum(2)  # -> [P, size, length]
+    return total / samples.clamp(min=1)[:, None, None]
 
 
 @roi_align.register_fake
@@ -64,13 +65,14 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     import onnx
     from onnxscript import opset18
 
-    first_map = onnx.helper.make_tensor("first_map", onnx.TensorProto.INT64, [1], [0])
+    first = onnx.helper.make_tensor("first", onnx.TensorProto.INT64, [1], [0])
 
     def translation(features: Any, boxes: Any, size: int, scale: float) -> Any:
+        map_of_box: Any = opset18.ConstantOfShape(opset18.Shape(boxes, end=1), value=first)
         return opset18.RoiAlign(
             features,
             boxes,
-            opset18.ConstantOfShape(opset18.Shape(boxes, end=1), value=first_map),
+            map_of_box,
             coordinate_transformation_mode="half_pixel",
             mode="avg",
             output_height=size,

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco
+
+from ensemble import masks
+from ensemble.errors import InvalidInput
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 854), (64, 64), (33, 17), (8, 301), (1, 1)])
+def test_resize_equals_torch_up_and_down(height, width):
+    maps = np.random.default_rng(0).standard_normal((3, 64, 64)).astype(np.float32) * 10
+    expected = torch.nn.functional.interpolate(torch.from_numpy(maps)[None], (height, width), mode="bilinear", align_corners=False)[0]
+    # OpenCV rounds source positions differently in the last bits of float32; logits of about 10 move by this much.
+    np.testing.assert_allclose(masks.resize(maps, height, width), expected.numpy(), atol=2e-3)
+
+
+def test_resize_of_no_maps_has_the_size_asked_for():
+    assert masks.resize(np.zeros((0, 64, 64), np.float32), 30, 40).shape == (0, 30, 40)
+
+
+def test_binary_masks_hold_what_is_above_zero_after_resizing():
+    logits = np.full((1, 4, 4), -1, np.float32)
+    logits[0, :, 2:] = 1
+    assert masks.binary_masks(logits, 4, 4)[0, 0].tolist() == [False, False, True, True]
+    # Half-pixel centres: at twice the width the boundary stays in the middle.
+    assert masks.binary_masks(logits, 8, 8)[0, 0].tolist() == [False] * 4 + [True] * 4
+    assert not masks.binary_masks(np.zeros((1, 4, 4), np.float32), 8, 8).any()
+
+
+def test_prior_masks_binarise_at_the_frame_size_first():
+    logits = np.full((1, 4, 4), -0.1, np.float32)
+    logits[0, 0, 0] = 100  # resized directly, this peak would fill far more than its own corner
+    frame = torch.from_numpy(masks.binary_masks(logits, 16, 16)).float()[None]
+    expected = torch.nn.functional.interpolate(frame, (8, 8), mode="bilinear", align_corners=False)[0] > 0.5
+    np.testing.assert_array_equal(masks.prior_masks(logits, 16, 16, 8), expected.numpy())
+
+
+def responded(chosen, scores=None, **parameters):
+    scores = np.ones(len(chosen), np.float32) if scores is None else np.float32(scores)
+    return masks.respond(chosen, {"predicted_iou": scores / 2, "object_scores": scores}, parameters)
+
+
+@pytest.fixture
+def chosen():
+    """[4, 37, 23] bool: noise, empty, full, and a block; neither side is a multiple of 8."""
+    chosen = np.random.default_rng(0).random((4, 37, 23)) < 0.3
+    chosen[1], chosen[2], chosen[3] = False, True, False
+    chosen[3, 10:20, 5:9] = True
+    return chosen
+
+
+@pytest.mark.parametrize("parameters", [{}, {"mask_format": "rle"}])
+def test_rle_gives_the_masks_back_through_pycocotools(chosen, parameters):
+    response = responded(chosen, **parameters)
+    decoded = [coco.decode({"size": [37, 23], "counts": counts}) for counts in response["mask_rle"]]
+    np.testing.assert_array_equal(np.stack(decoded), chosen)
+    assert response["mask_rle"].dtype == object
+    assert all(isinstance(counts, bytes) for counts in response["mask_rle"])
+    assert response["mask_bits"].shape == (4, 0)
+
+
+def test_bits_give_the_masks_back(chosen):
+    response = responded(chosen, mask_format="bits")
+    assert response["mask_bits"].shape == (4, (37 * 23 + 7) // 8)
+    np.testing.assert_array_equal(np.unpackbits(response["mask_bits"], axis=1, count=37 * 23).reshape(4, 37, 23), chosen)
+    assert response["mask_rle"].tolist() == [b""] * 4
+
+
+def test_bits_run_row_by_row_with_the_high_bit_first():
+    chosen = np.zeros((1, 2, 5), bool)
+    chosen[0, 0, 0] = chosen[0, 1, 1] = True
+    assert responded(chosen, mask_format="bits")["mask_bits"].tolist() == [[0b10000010, 0]]
+
+
+def test_object_is_visible_when_its_mask_is_not_empty_and_its_score_is_positive(chosen):
+    assert responded(chosen, [1, 1, 0, -1])["visible"].tolist() == [True, False, False, False]
+    assert responded(chosen, [0.1, 3, 0.1, 5])["visible"].tolist() == [True, False, True, True]
+
+
+def test_response_hands_scores_through(chosen):
+    response = responded(chosen, [1, 2, 3, 4])
+    assert response["object_scores"].tolist() == [1, 2, 3, 4]
+    assert response["predicted_iou"].tolist() == [0.5, 1, 1.5, 2]
+
+
+@pytest.mark.parametrize("mask_format", masks.MASK_FORMATS)
+def test_response_without_objects_has_empty_tensors(mask_format):
+    response = responded(np.zeros((0, 37, 23), bool), mask_format=mask_format)
+    assert {name: len(array) for name, array in response.items()} == dict.fromkeys(
+        ["mask_rle", "mask_bits", "predicted_iou", "object_scores", "visible"], 0
+    )
+
+
+@pytest.mark.parametrize("mask_format", ["png", "RLE", "", 1, None])
+def test_response_is_refused_when_the_format_is_unknown(chosen, mask_format):
+    with pytest.raises(InvalidInput, match=f"mask_format: got {mask_format!r}, expected one of rle, bits"):
+        responded(chosen, mask_format=mask_format)

@@ -1,0 +1,118 @@
+import math
+
+import numpy as np
+import pytest
+
+from ensemble.errors import InvalidInput
+from ensemble.targets import boxes_xyxy, crop_targets, medoids
+
+
+def slow_centres(samples, k, steps):
+    """K-means of spec 1.7 in plain Python, double precision."""
+    positions = [round(index * (len(samples) - 1) / (k - 1)) for index in range(k)]  # half to even, as torch and NumPy round
+    centres = [samples[position] for position in positions]
+    for _ in range(steps):
+        members = [[] for _ in centres]
+        for sample in samples:
+            members[min(range(k), key=lambda index: math.dist(sample, centres[index]))].append(sample)
+        moved = [[sum(axis) / len(own) for axis in zip(*own, strict=True)] if own else centre for own, centre in zip(members, centres, strict=True)]
+        pairs = [pair for rows in zip(moved, centres, strict=True) for pair in zip(*rows, strict=True)]
+        centres = moved
+        if all(abs(new - old) <= 1e-4 + 1e-4 * abs(old) for new, old in pairs):
+            break
+    return centres
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_medoids_are_the_samples_nearest_to_the_centres_of_a_slow_k_means(seed):
+    rng = np.random.default_rng(seed)
+    samples = rng.standard_normal((int(rng.integers(5, 17)), 3)).astype(np.float32)
+    k, steps = int(rng.integers(2, 5)), int(rng.integers(1, 9))
+    found = medoids(samples, k, steps)
+    centres = slow_centres(samples.tolist(), k, steps)
+    assert len(found) == k
+    for medoid, centre in zip(found.tolist(), centres, strict=True):
+        assert medoid in samples.tolist()
+        # The two members of a cluster of two are equally near: either may come out.
+        assert math.dist(medoid, centre) == pytest.approx(min(math.dist(sample, centre) for sample in samples.tolist()), abs=1e-5)
+
+
+def test_medoids_of_clear_groups_are_their_middles_in_the_order_of_the_first_centres():
+    line = np.float32([[0], [1], [2.1], [100], [101], [102.1], [200], [201], [202.1]])
+    np.testing.assert_array_equal(medoids(line, k=3), [[1], [101], [201]])
+    np.testing.assert_array_equal(medoids(line[::-1], k=3), [[201], [101], [1]])
+
+
+def test_medoids_keep_the_centre_of_a_cluster_that_lost_its_members():
+    # The centres start at samples 0, 1, 3 and 4; the two equal ones fight over the same members and the second loses them all.
+    samples = np.float32([[0], [0], [10], [20], [30]])
+    np.testing.assert_array_equal(medoids(samples, k=4, steps=8)[:2], [[0], [0]])
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_medoids_are_all_samples_when_there_are_no_more_than_clusters(n):
+    samples = np.random.default_rng(0).standard_normal((n, 5)).astype(np.float32)
+    assert medoids(samples, k=4) is samples
+
+
+XYXY_ONLY, XYWH_ONLY, EITHER, NEITHER = [60, 40, 90, 50], [60, 40, 20, 10], [1, 1, 30, 20], [0, 0, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("rows", "as_xyxy"),
+    [
+        ([XYXY_ONLY], True),
+        ([XYWH_ONLY], False),
+        ([EITHER], False),  # a tie goes to xywh
+        ([NEITHER], False),
+        ([XYXY_ONLY, XYWH_ONLY], False),
+        ([XYXY_ONLY, XYXY_ONLY, XYWH_ONLY, EITHER, NEITHER], True),
+        ([XYXY_ONLY, XYWH_ONLY, XYWH_ONLY], False),
+        ([[0, 0, 100, 60]], False),  # the whole frame, edges included, fits both ways
+        ([[1, 0, 100, 60]], True),
+    ],
+)
+def test_boxes_are_read_the_way_that_most_rows_fit_the_frame(rows, as_xyxy):
+    rows = np.float32(rows)
+    expected = rows if as_xyxy else np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:]], 1)
+    np.testing.assert_array_equal(boxes_xyxy(rows, height=60, width=100), expected)
+
+
+def numbered_frames(num_frames, height=60, width=100):
+    """Every pixel of every frame differs: frame, row, column."""
+    return np.stack(np.broadcast_arrays(*np.ogrid[:num_frames, :height, :width]), -1).astype(np.uint8)
+
+
+def test_crops_are_rounded_outwards():
+    (crop,) = crop_targets(numbered_frames(1), np.float32([[60.9, 20.1, 70.1, 29.5]]))
+    assert crop[0, 0].tolist() == [0, 20, 60]
+    assert crop[-1, -1].tolist() == [0, 29, 70]
+
+
+def test_last_row_serves_the_frames_behind_it():
+    crops = crop_targets(numbered_frames(4), np.float32([[60, 20, 70, 30], [80, 40, 90, 50]]))
+    assert [crop[0, 0].tolist() for crop in crops] == [[0, 20, 60], [1, 40, 80], [2, 40, 80], [3, 40, 80]]
+
+
+@pytest.mark.parametrize(
+    ("row", "first", "last"),
+    [
+        ([-50, -50, 500, 500], (0, 0), (59, 99)),
+        ([-50, -50, -40, -40], (0, 0), (0, 0)),
+        ([500, 500, 600, 600], (59, 99), (59, 99)),
+        ([30, 20, 30, 20], (20, 30), (20, 30)),
+        ([70, 50, 60, 40], (50, 70), (50, 70)),
+        ([1e30, 1e30, 1e30, 1e30], (59, 99), (59, 99)),
+    ],
+)
+def test_crops_stay_in_the_frame_and_have_at_least_a_pixel(row, first, last):
+    votes = [[60, 40, 90, 50]] * 2  # so that the rows are read as xyxy
+    crop = crop_targets(numbered_frames(1), np.float32([row, *votes]))[0]
+    assert tuple(crop[0, 0, 1:]) == first
+    assert tuple(crop[-1, -1, 1:]) == last
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_crops_are_refused_when_a_number_is_not_finite(value):
+    with pytest.raises(InvalidInput, match="sparrow.target_boxes: got a value that is not finite"):
+        crop_targets(numbered_frames(1), np.float32([[0, 0, 10, value]]))
