@@ -21,6 +21,9 @@ from ._types import Answer, Event, FrameMasks, Objects, Summary, TextPiece, fram
 
 SPARROW, SPARROW_TRACK = "sparrow", "sparrow_track"
 
+STREAM_FAILED = "no longer in valid state"
+"""tritonclient's own words where the connection broke before the request was sent."""
+
 Frames = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
 
 
@@ -142,15 +145,18 @@ class SparrowClient:
     def _stream(self, tensors: dict[str, NDArray[Any]], parameters: dict[str, Any]) -> Iterator[dict[str, NDArray[Any]]]:
         """One request, its responses as they arrive; each request has a connection of its own, so that they do not mix."""
         request_id = uuid.uuid4().hex
+        inputs = to_inputs(SPARROW, tensors)
         responses: queue.Queue[tuple[Any, InferenceServerException | None]] = queue.Queue()
         connection = triton.InferenceServerClient(self.url)
         finished = False
         try:
-            # With this header errors end the stream under their own status code, not under one for all.
-            connection.start_stream(lambda result, error: responses.put((result, error)), headers={"triton_grpc_error": "true"})
-            connection.async_stream_infer(
-                SPARROW, to_inputs(SPARROW, tensors), request_id=request_id, parameters=parameters, enable_empty_final_response=True
-            )
+            # Not with the header triton_grpc_error: errors and cancellations together then crash Triton 24.10 (ADR 0003).
+            connection.start_stream(lambda result, error: responses.put((result, error)))
+            try:
+                connection.async_stream_infer(SPARROW, inputs, request_id=request_id, parameters=parameters, enable_empty_final_response=True)
+            except InferenceServerException as error:
+                if STREAM_FAILED not in error.message():  # else the queue says why
+                    raise InvalidInput(f"sparrow: {error.message()} Mend the options.", SPARROW, request_id) from error
             while not finished:
                 result, error = next_response(responses, self.timeout_s, request_id)
                 if error is not None:
@@ -158,8 +164,6 @@ class SparrowClient:
                 response = result.get_response()
                 finished = response.parameters["triton_final_response"].bool_param
                 yield {output.name: result.as_numpy(output.name) for output in response.outputs}
-        except InferenceServerException as error:
-            raise error_from_triton(error, SPARROW, request_id) from error
         finally:
             connection.stop_stream(cancel_requests=not finished)
             connection.close()

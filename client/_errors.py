@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
-import grpc
+import re
+
 from tritonclient.utils import InferenceServerException
 
 
@@ -48,24 +49,33 @@ class RequestFailed(SparrowClientError):
     """The server failed."""
 
 
-BY_STATUS = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidInput,
-    grpc.StatusCode.NOT_FOUND: UnknownSession,
-    grpc.StatusCode.UNAVAILABLE: CapacityExceeded,
-    grpc.StatusCode.DEADLINE_EXCEEDED: ServerUnavailable,
+BY_NAME: dict[str, type[SparrowClientError]] = {
+    "InvalidInput": InvalidInput,
+    "UnknownSession": UnknownSession,
+    "CapacityExceeded": CapacityExceeded,
+    "ComponentFailed": RequestFailed,
 }
+"""How the server names an error in its message: a stream has no other place for it."""
+
+NO_CONNECTION = ("failed to connect", "errors resolving", "Socket closed", "Connection reset", "Deadline Exceeded")
+"""gRPC's own words where nobody answers."""
 
 NOT_STARTED = "must specify the START flag"
 """Triton's own words for a frame of a sequence that is not open."""
 
+BAD_TENSOR = "input '"
+"""Triton's own words for a tensor whose dtype or shape it refuses before the model sees it."""
+
 
 def error_from_triton(error: InferenceServerException, model_name: str, request_id: str) -> SparrowClientError:
-    """The error of ours that a status and message stand for."""
+    """The error of ours that Triton's stands for."""
     message = str(error.message())
-    status = next((code for code in grpc.StatusCode if str(code) == error.status()), None)
-    kind = BY_STATUS.get(status, RequestFailed) if status else RequestFailed
+    named = re.search(rf"({'|'.join(BY_NAME)}): (.*)", message, re.DOTALL)
+    if named:
+        return BY_NAME[named[1]](named[2], model_name, request_id)
+    if any(words in message for words in NO_CONNECTION):
+        return ServerUnavailable(f"{message}. Is `sparrow serve` running at that address?", model_name, request_id)
     if NOT_STARTED in message:
-        kind, message = UnknownSession, f"{message}. The session never started, has ended, or was idle too long: open a new one."
-    if "failed to connect" in message or "Deadline Exceeded" in message or "Connection refused" in message:
-        kind, message = ServerUnavailable, f"{message}. Is `sparrow serve` running at that address?"
-    return kind(message, model_name, request_id)
+        advice = "The session never started, has ended, or was idle too long: open a new one."
+        return UnknownSession(f"{message}. {advice}", model_name, request_id)
+    return (InvalidInput if BAD_TENSOR in message else RequestFailed)(message, model_name, request_id)

@@ -61,7 +61,10 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     """[H, W, 3] uint8 RGB, turned upright, without alpha."""
     try:
         with Image.open(path) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            turned = ImageOps.exif_transpose(picture)
+            if turned.mode.startswith("I;16"):  # Pillow would cut 16-bit grey off at 255 instead of scaling it
+                turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+            return np.asarray(turned.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(f"{path}: not a readable picture ({error}). Save it again as JPEG or PNG.") from error
 
@@ -118,5 +121,5 @@ def sample_stride(path: Path, fps: Fraction | None, sample_fps: float) -> int:
         raise MediaError(f"{path}: the file names no frame rate. Convert it, e.g. to MP4.")
     stride = round(float(fps) / sample_fps)
     if stride < 1:
-        raise MediaError(f"{path}: {float(fps):g} frames per second, expected at least {sample_fps / 2:g}. Take all with --sample-fps {float(fps):g}.")
+        raise MediaError(f"{path}: {float(fps):g} frames per second, expected more than {sample_fps / 2:g}. Take all with --sample-fps {float(fps):g}.")
     return stride

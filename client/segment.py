@@ -28,7 +28,13 @@ from ._types import Answer, Event, FrameMasks, TextPiece
 @click.option("--branch", type=click.Choice(["tracked", "framewise"]), default="tracked", show_default=True, help="How masks follow an object.")
 @click.option("--video-init", type=click.Choice(["text_then_boxes", "text_only"]), default="text_then_boxes", show_default=True)
 @click.option("--max-new-tokens", type=int, help="Longest answer.")
-@click.option("--sample-fps", type=float, default=VIDEO_SAMPLE_FPS, show_default=True, help="Frames per second taken from a video.")
+@click.option(
+    "--sample-fps",
+    type=click.FloatRange(0, min_open=True),
+    default=VIDEO_SAMPLE_FPS,
+    show_default=True,
+    help="Frames per second taken from a video.",
+)
 @click.option("--target-boxes", type=click.Path(exists=True, path_type=Path), help="Text file: a box per frame, 4 numbers a line.")
 @click.option("--target-crop", type=click.Path(exists=True, path_type=Path), help="Picture of the target.")
 @click.option("--timeout", "timeout_s", type=float, default=300, show_default=True, help="Seconds to wait for the next response.")
@@ -91,13 +97,19 @@ class Progress:
 
 
 def prepare_folder(out: Path) -> None:
-    """Makes room for the results; only the results of an earlier run are replaced."""
+    """Creates the folder for the results; raises MediaError when it holds anything but an earlier result."""
     if out.exists() and not out.is_dir():
         raise MediaError(f"{out}: a file, expected a folder. Choose another.")
     if out.exists() and any(out.iterdir()) and not (out / "result.json").exists():
         raise MediaError(f"{out}: not empty, and no earlier result. Choose another folder.")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def clear_folder(out: Path) -> None:
+    """Removes the results of an earlier run, and nothing else."""
+    shutil.rmtree(out / "masks", ignore_errors=True)
+    for name in ("answer.txt", "result.json", "overlay.jpg", "overlay.mp4"):
+        (out / name).unlink(missing_ok=True)
 
 
 def read_boxes(path: Path) -> NDArray[np.float32]:
@@ -113,7 +125,8 @@ def read_boxes(path: Path) -> NDArray[np.float32]:
 
 
 def write_results(out: Path, prompt: str, media: Media, answer: Answer) -> None:
-    """answer.txt, result.json, masks/<object>/<frame>.png and the overlay."""
+    """answer.txt, result.json, masks/<object>/<frame>.png and the overlay, in place of those of an earlier run."""
+    clear_folder(out)
     (out / "answer.txt").write_text(answer.text + "\n")
     (out / "result.json").write_text(json.dumps(result_fields(prompt, media, answer), indent=2))
     for index in range(len(answer.objects)):

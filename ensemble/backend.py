@@ -16,21 +16,14 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from . import errors, settings
+from . import settings
 from .components import components
 from .config import ModelConfig
-from .errors import ComponentFailed, SparrowError
+from .errors import ComponentFailed, SparrowError, from_wire, to_wire
 from .pipeline import Pipeline
 from .runner import Graph, Parameters, SequenceRequest, Session, Stateful
 from .tensors import Arrays
-
-def error_from_triton(error: Any) -> SparrowError:
-    """Our exception for the error of another model's response."""
-    for kind in (errors.InvalidInput, errors.UnknownSession, errors.CapacityExceeded):
-        if error.code() == getattr(pb_utils.TritonError, kind.triton_code):
-            return kind(error.message())
-    return ComponentFailed(error.message())
-
+from .tokenizer import Tokenizer
 
 def read_inputs(request: Any) -> Arrays:
     """Inputs of a request by name, as copies."""
@@ -44,8 +37,13 @@ def to_tensors(arrays: Arrays) -> list[Any]:
 def to_response(result: Arrays | SparrowError) -> Any:
     """A response, or the error of the request under its status code."""
     if isinstance(result, SparrowError):
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(result), getattr(pb_utils.TritonError, result.triton_code)))
+        return to_error(result, to_wire(result))
     return pb_utils.InferenceResponse(to_tensors(result))
+
+
+def to_error(error: SparrowError, text: str) -> Any:
+    """An error response under the status code of `error`."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, error.triton_code)))
 
 
 def unexpected(name: str, error: Exception) -> ComponentFailed:
@@ -149,7 +147,7 @@ class StreamModel(Model):
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
-        self._pipeline = Pipeline(self.config, BlsRunner(self.config))
+        self._pipeline = Pipeline(self.config, Tokenizer(self.folder), BlsRunner(self.config))
         self._pool = ThreadPoolExecutor(settings.MAX_REQUESTS, thread_name_prefix=self.name)
 
     def execute(self, requests: list[Any]) -> None:
@@ -160,19 +158,21 @@ class StreamModel(Model):
         self._pool.shutdown(cancel_futures=True)
 
     def _answer(self, inputs: Arrays, parameters: Parameters, sender: Any) -> None:
+        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         responses = self._pipeline.answer(inputs, parameters)
         try:
             for response in responses:
                 if sender.is_cancelled():
                     break
                 sender.send(to_response(response))
-        except SparrowError as error:
-            sender.send(to_response(error))
+            sender.send(flags=final)
         except Exception as error:
-            sender.send(to_response(unexpected(self.name, error)))
+            failure = error if isinstance(error, SparrowError) else unexpected(self.name, error)
+            # Streams carry an error's text only, so the status stands in it, in the form that unary errors are printed in. The
+            # final flag goes with it: Triton 24.10 crashes when it follows an error that has closed the stream (ADR 0003).
+            sender.send(to_error(failure, f"[StatusCode.{failure.grpc_status}] {to_wire(failure)}"), flags=final)
         finally:
             responses.close()
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 class BlsRunner:
@@ -206,7 +206,7 @@ class BlsRunner:
         )
         response = request.exec()
         if response.has_error():
-            raise error_from_triton(response.error())
+            raise from_wire(response.error().message())
         return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
 
 

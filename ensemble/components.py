@@ -32,12 +32,18 @@ BOXES = Dim("boxes", 0, 1, settings.MAX_OBJECTS * settings.MAX_SELECTED_BOXES)
 ANY_OBJECTS = Dim("objects", 0, 1, settings.MAX_NEW_TOKENS)
 ANY_BOXES = Dim("boxes", 0, 1, settings.MAX_NEW_TOKENS * settings.MAX_SELECTED_BOXES)
 MASK_BYTES = Dim("mask_bytes", 0, 51240, settings.MAX_FRAME_SIDE**2 // 8)
+CROP_HEIGHT = Dim("crop_height", 1, 336, settings.MAX_FRAME_SIDE)
+CROP_WIDTH = Dim("crop_width", 1, 336, settings.MAX_FRAME_SIDE)
 TARGET_ROWS = Dim("target_rows", 1, 1, 65536)
+VISUAL_TOKENS = Dim("visual_tokens", 1, 3328, 8192)
 TARGET_TOKENS = Dim("target_tokens", 0, settings.TARGET_TOKENS, settings.TARGET_TOKENS)
 NEW_TOKENS = Dim("new_tokens", 0, 1, settings.MAX_NEW_TOKENS)
 
 ABSENT, PAD, NEGATIVE, POSITIVE, TOP_LEFT, BOTTOM_RIGHT, TEXT = -2, -1, 0, 1, 2, 3, 4
 """Values of `prompt_labels`. SAM's labels, and two of ours: TEXT puts the text embedding in that slot, ABSENT masks it out."""
+
+VISUAL_PLACEHOLDER, TARGET_PLACEHOLDER = -200, -201
+"""Values of `prompt_ids` that stand for visual and target tokens, as in the original."""
 
 RECURRENT = Tolerance(2e-3, "softmax over thousands of keys amplifies float32 summation order")
 
@@ -228,7 +234,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("frames", "uint8", (CLIP_FRAMES, HEIGHT, WIDTH, 3), "RGB frames", optional=True),
                 TensorSpec("encoded_frames", "string", (CLIP_FRAMES,), "JPEG or PNG files, instead of frames", optional=True),
                 TensorSpec("target_boxes", "float32", (TARGET_ROWS, 4), "pixels, xyxy or xywh, a row per frame (spec 1.7)", optional=True),
-                TensorSpec("target_crop", "uint8", (HEIGHT, WIDTH, 3), "RGB picture of the target, instead of target_boxes", optional=True),
+                TensorSpec("target_crop", "uint8", (CROP_HEIGHT, CROP_WIDTH, 3), "RGB picture of the target, instead of target_boxes", optional=True),
             ),
             (
                 TensorSpec("text", "string", (1,), "next piece of the answer"),
@@ -257,15 +263,22 @@ def components(config: ModelConfig) -> dict[str, Component]:
         ),
         Component(
             "language_model",
-            "Tokenizer, prefill and decode; one request per decoded token, START carries the prompt.",
+            "Prefill and decode, greedy; one request per decoded token, START carries the prompt (spec 1.6, 3.3).",
             (
                 TensorSpec("num_tokens", "int32", (1,), "Tokens to decode; 0 with END frees the sequence.", below=settings.MAX_NEW_TOKENS + 1),
-                TensorSpec("prompt", "string", (1,), "user's text; START only", optional=True),
-                TensorSpec("visual_tokens", "float32", (TOKENS, visual_width), "START only", optional=True),
+                TensorSpec(
+                    "prompt_ids",
+                    "int32",
+                    (TOKENS,),
+                    "Vocabulary indices, -200 for the visual tokens, -201 for the target tokens; START only.",
+                    optional=True,
+                    below=language.vocab_size,
+                    above=TARGET_PLACEHOLDER,
+                ),
+                TensorSpec("visual_tokens", "float32", (VISUAL_TOKENS, visual_width), "START only", optional=True),
                 TensorSpec("target_tokens", "float32", (TARGET_TOKENS, visual_width), "START only", optional=True),
             ),
             (
-                TensorSpec("text", "string", (1,), "piece of the answer, valid UTF-8"),
                 TensorSpec("token_ids", "int32", (NEW_TOKENS,), "decoded tokens"),
                 TensorSpec("prompt_embeddings", "float32", (NEW_TOKENS, dim), "prompt_projector of the state that emitted each token"),
                 TensorSpec("final_states", "float32", (NEW_TOKENS, visual_width), "that state"),

@@ -109,7 +109,7 @@ def session_frame(inputs: Arrays, config: ModelConfig) -> Arrays:
     height, width = frame.shape[:2]
     size = config.sam2.image_size
     grounding = np.zeros((3, size, size), np.float32)
-    if frame.size:
+    if height or width:
         check_frame_size(height, width, "sparrow_track.frame")
         grounding = grounding_frame(frame, config)
     return {"grounding_frames": grounding, "frame_size": np.array([height, width], np.int32)}

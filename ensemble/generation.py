@@ -8,17 +8,15 @@ from typing import Protocol
 import numpy as np
 
 from . import settings
-from .components import components
+from .components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER, components
 from .config import ModelConfig
 from .errors import InvalidInput, SparrowError
-from .prompt import check_prompt, prompt_parts
 from .runner import SequenceRequest
 from .sessions import SessionStore
 from .tensors import Array, Arrays
-from .tokenizer import Tokenizer
 
 
-NO_SLOT = -1
+NO_SLOT = NO_TOKEN = -1
 
 
 class Decoder(Protocol):
@@ -44,9 +42,7 @@ class Answer:
     slot: int
     length: int
     """Cache positions in use."""
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    """What has been returned of it."""
+    last_token: int = NO_TOKEN
     finished: bool = False
 
 
@@ -69,12 +65,11 @@ class LanguageModel:
 
     Args:
         config: sizes of the model.
-        tokenizer: of the checkpoint.
         decoder: with settings.MAX_GENERATIONS slots.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, decoder: Decoder) -> None:
-        self._config, self._tokenizer, self._decoder = config, tokenizer, decoder
+    def __init__(self, config: ModelConfig, decoder: Decoder) -> None:
+        self._config, self._decoder = config, decoder
         self._contract = components(config)["language_model"]
         self.sessions: SessionStore[Answer] = SessionStore("language_model", settings.MAX_GENERATIONS, settings.GENERATION_IDLE_S)
 
@@ -88,7 +83,7 @@ class LanguageModel:
             except SparrowError as error:
                 results[position] = error
         while waiting := [turn for turn in turns.values() if turn.waiting]:
-            logits, states = self._decoder.decode([turn.answer.slot for turn in waiting], [turn.answer.token_ids[-1] for turn in waiting])
+            logits, states = self._decoder.decode([turn.answer.slot for turn in waiting], [turn.answer.last_token for turn in waiting])
             for turn, row, state in zip(waiting, logits, states, strict=True):
                 turn.answer.length += 1
                 self._accept(turn, row, state)
@@ -115,45 +110,28 @@ class LanguageModel:
         return turn
 
     def _embeddings(self, inputs: Arrays) -> Array:
-        """The prompt with its visual and target tokens in place: [S, H]."""
-        if "prompt" not in inputs or "visual_tokens" not in inputs:
-            raise InvalidInput("language_model: got START without prompt and visual_tokens. Add them to the request.")
-        try:
-            prompt = inputs["prompt"][0].decode()
-        except UnicodeDecodeError as error:
-            raise InvalidInput(f"sparrow.prompt: got bytes that are no UTF-8 ({error}). Encode the text as UTF-8.") from error
-        check_prompt(prompt)
-        targets = inputs.get("target_tokens", np.zeros((0, self._config.language.width), np.float32))
-        before, between, behind = prompt_parts(self._tokenizer, prompt, with_targets="target_tokens" in inputs)
-        text = self._decoder.embed(before + between + behind)
-        first, second, third = np.split(text, [len(before), len(before) + len(between)])
-        return np.concatenate([first, inputs["visual_tokens"], second, targets, third])
+        """The prompt with visual and target tokens in the place of their placeholders: [S, H]."""
+        if "prompt_ids" not in inputs or "visual_tokens" not in inputs:
+            raise InvalidInput("language_model: got START without prompt_ids and visual_tokens. Add them to the request.")
+        ids = inputs["prompt_ids"]
+        nothing = np.zeros((0, self._config.language.width), np.float32)
+        tokens = {VISUAL_PLACEHOLDER: inputs["visual_tokens"], TARGET_PLACEHOLDER: inputs.get("target_tokens", nothing)}
+        words = self._decoder.embed(np.maximum(ids, 0).tolist())
+        return np.concatenate([tokens.get(id, word[None]) for id, word in zip(ids.tolist(), words, strict=True)])
 
     def _accept(self, turn: Turn, logits: Array, state: Array) -> None:
         """Greedy choice: the first largest logit (spec 3.3)."""
         answer, token_id = turn.answer, int(logits.argmax())
-        answer.token_ids.append(token_id)
+        answer.last_token = token_id
         turn.token_ids.append(token_id)
         turn.states.append(state)
         answer.finished = token_id in self._config.language.eos_token_ids or answer.length >= self._config.max_sequence
 
     def _respond(self, turn: Turn) -> Arrays:
         states = np.stack(turn.states) if turn.states else np.zeros((0, self._config.language.width), np.float32)
-        embeddings = self._decoder.project(states) if len(states) else np.zeros((0, self._config.sam2.width), np.float32)
         return {
-            "text": np.array([self._new_text(turn.answer).encode()], object),
             "token_ids": np.array(turn.token_ids, np.int32),
+            "prompt_embeddings": self._decoder.project(states) if len(states) else np.zeros((0, self._config.sam2.width), np.float32),
             "final_states": states,
-            "prompt_embeddings": embeddings,
             "finished": np.array([turn.answer.finished]),
         }
-
-    def _new_text(self, answer: Answer) -> str:
-        """Text that was not returned yet, without the end token; a character whose bytes are not complete waits."""
-        words = [id for id in answer.token_ids if id not in self._config.language.eos_token_ids]
-        text = self._tokenizer.decode(words)
-        if not answer.finished:
-            text = text.rstrip("\ufffd")
-        piece = text[len(answer.text) :]
-        answer.text = text
-        return piece

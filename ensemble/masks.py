@@ -31,26 +31,31 @@ def prior_masks(logits: Array, height: int, width: int, side: int) -> Array:
     return resize(binary_masks(logits, height, width).astype(np.float32), side, side) > 0.5
 
 
+def mask_format(parameters: Mapping[str, Any]) -> str:
+    """The format that a request asks for, rle where it does not say; raises InvalidInput when it is not one of MASK_FORMATS."""
+    asked: str = parameters.get("mask_format", "rle")
+    if asked not in MASK_FORMATS:
+        raise InvalidInput(f"mask_format: got {asked!r}, expected one of {', '.join(MASK_FORMATS)}.")
+    return asked
+
+
 def respond(masks: Array, scores: Arrays, parameters: Mapping[str, Any]) -> Arrays:
     """The mask tensors of a response.
 
     Args:
         masks: [N, H, W] bool.
         scores: holds predicted_iou and object_scores, [N] float32 each.
-        parameters: of the request; `mask_format` is rle (default) or bits.
+        parameters: of the request; see `mask_format`.
     Returns:
         `mask_rle` [N] bytes (COCO compressed RLE counts) and `mask_bits` [N, ceil(H*W/8)] uint8, of which the format that was
         not asked for is empty (an ensemble has to return all its outputs); scores; visible [N] bool.
     Raises:
         InvalidInput: another mask_format.
     """
-    mask_format = parameters.get("mask_format", "rle")
-    if mask_format not in MASK_FORMATS:
-        raise InvalidInput(f"mask_format: got {mask_format!r}, expected one of {', '.join(MASK_FORMATS)}.")
     counts = np.full(len(masks), b"", object)
     bits = np.zeros((len(masks), 0), np.uint8)
-    if mask_format == "bits":
-        bits = np.packbits(masks.reshape(len(masks), -1), axis=1)
+    if mask_format(parameters) == "bits":
+        bits = np.packbits(masks.reshape(len(masks), masks.shape[1] * masks.shape[2]), axis=1)
     else:
         counts[:] = [coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"] for mask in masks]
     return {

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -21,13 +21,14 @@ import numpy as np
 from . import frames as preprocess
 from . import masks, selection, settings, targets
 from .components import components
-from .config import ModelConfig
+from .config import LanguageConfig, ModelConfig
 from .decoding import BOX, BOX_AND_TEXT, TEXT_ONLY, Prompts, decode_masks
-from .errors import InvalidInput
+from .errors import CapacityExceeded, InvalidInput
 from .options import Options
-from .prompt import check_prompt, phrases
+from .prompt import check_prompt, phrases, prompt_ids
 from .runner import Parameters, Runner, open_session
 from .tensors import Array, Arrays
+from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,39 @@ class Clip:
         return self.frames.shape[1], self.frames.shape[2]
 
 
-@dataclass
 class Answer:
-    """What the language model said.
+    """What the language model has said so far.
 
     Args:
-        text: without the end token.
-        seg, box: embeddings of its [SEG] and [BOX] tokens in order, [n, C] float32 each.
-        num_tokens: generated, with the end token.
+        tokenizer: of the checkpoint.
+        language: names the special tokens.
     """
 
-    text: str = ""
-    seg: list[Array] = field(default_factory=list)
-    box: list[Array] = field(default_factory=list)
-    num_tokens: int = 0
+    def __init__(self, tokenizer: Tokenizer, language: LanguageConfig) -> None:
+        self._tokenizer, self._language = tokenizer, language
+        self._words: list[int] = []
+        self.text = ""
+        """Without the end token."""
+        self.seg: list[Array] = []
+        self.box: list[Array] = []
+        """Embeddings of the [SEG] and [BOX] tokens in order, [C] float32 each."""
+        self.num_tokens = 0
+        """Generated, with the end token."""
+
+    def accept(self, token_ids: Array, embeddings: Array, is_last: bool) -> str:
+        """Adds tokens; the new piece of text. A character whose bytes are not complete waits for the next piece."""
+        for token_id, embedding in zip(token_ids.tolist(), embeddings, strict=True):
+            self.num_tokens += 1
+            if token_id == self._language.seg_token_id:
+                self.seg.append(embedding)
+            elif token_id == self._language.box_token_id:
+                self.box.append(embedding)
+            if token_id not in self._language.eos_token_ids:
+                self._words.append(token_id)
+        text = self._tokenizer.decode(self._words)
+        text = text if is_last else text.rstrip("\ufffd")
+        piece, self.text = text[len(self.text) :], text
+        return piece
 
 
 @dataclass(frozen=True)
@@ -101,11 +121,12 @@ class Pipeline:
 
     Args:
         config: sizes of the model.
+        tokenizer: of the checkpoint.
         runner: reaches every other component.
     """
 
-    def __init__(self, config: ModelConfig, runner: Runner) -> None:
-        self.config, self.runner = config, runner
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, runner: Runner) -> None:
+        self.config, self.tokenizer, self.runner = config, tokenizer, runner
         self._contract = components(config)["sparrow"]
 
     def answer(self, inputs: Arrays, parameters: Parameters) -> Iterator[Arrays]:
@@ -124,14 +145,15 @@ class Pipeline:
         with timings.stage("total"):
             with timings.stage("preprocess"):
                 self._contract.check_inputs(inputs)
-                check_prompt(decode_prompt(inputs["prompt"]))
+                with_targets = "target_boxes" in inputs or "target_crop" in inputs
+                ids = np.array(prompt_ids(self.tokenizer, read_prompt(inputs), with_targets), np.int32)
                 clip = read_clip(inputs, options)
             with ThreadPoolExecutor(settings.FRAMES_AHEAD, thread_name_prefix="sparrow") as pool:
                 # Frames and proposals do not depend on the text: they are computed while the language model runs.
                 encoded = FrameFeatures(self, clip, pool, timings)
                 proposals = pool.submit(self._proposals, encoded, timings) if options.detection_guidance else None
                 try:
-                    answer = yield from self._generate(inputs, clip, options, timings)
+                    answer = yield from self._generate(ids, inputs, clip, options, timings)
                     if answer.seg:
                         yield from self._masks(clip, answer, encoded, proposals, options, timings)
                 finally:
@@ -140,14 +162,13 @@ class Pipeline:
                         proposals.cancel()
         yield {"summary": np.array([json.dumps(self._summary(clip, answer, options, timings)).encode()], object)}
 
-    def _generate(self, inputs: Arrays, clip: Clip, options: Options, timings: Timings) -> Iterator[Arrays]:
+    def _generate(self, ids: Array, inputs: Arrays, clip: Clip, options: Options, timings: Timings) -> Iterator[Arrays]:
         """Yields text; returns the answer."""
-        language, answer = self.config.language, Answer()
-        request: Arrays = {"prompt": inputs["prompt"]}
+        answer = Answer(self.tokenizer, self.config.language)
         with timings.stage("vision"):
             seen = clip.frames[preprocess.encoder_indices(len(clip.frames), self.config.num_frames)] if clip.is_video else clip.frames[:1]
-            request["visual_tokens"] = self._visual_tokens(seen, clip.is_video)
-            crops = [inputs["target_crop"]] if "target_crop" in inputs else None
+            request: Arrays = {"prompt_ids": ids, "visual_tokens": self._visual_tokens(seen, clip.is_video)}
+            crops = [inputs["target_crop"]] if "target_crop" in inputs else []
             if "target_boxes" in inputs:
                 crops = targets.crop_targets(seen, inputs["target_boxes"])
             if crops:
@@ -157,16 +178,11 @@ class Pipeline:
             for step in range(options.max_new_tokens):
                 with timings.stage("decode" if step else "prefill"):
                     output = session.step({"num_tokens": np.ones(1, np.int32), **(request if step == 0 else {})})
-                for token_id, embedding in zip(output["token_ids"], output["prompt_embeddings"], strict=True):
-                    if token_id == language.seg_token_id:
-                        answer.seg.append(embedding)
-                    if token_id == language.box_token_id:
-                        answer.box.append(embedding)
-                answer.num_tokens += len(output["token_ids"])
-                answer.text += output["text"][0].decode()
-                if output["text"][0]:
-                    yield {"text": output["text"]}
-                if output["finished"][0]:
+                finished = bool(output["finished"][0])
+                piece = answer.accept(output["token_ids"], output["prompt_embeddings"], finished or step + 1 == options.max_new_tokens)
+                if piece:
+                    yield {"text": np.array([piece.encode()], object)}
+                if finished:
                     break
         return answer
 
@@ -201,7 +217,14 @@ class Pipeline:
             **flatten_boxes(objects.selected, "selected_boxes", "selected_box_objects"),
             **flatten_boxes(objects.boxes, "boxes", "box_objects"),
         }
-        by_frame = self._track if self._branch(clip, options) == "tracked" else self._decode_framewise
+        by_frame = self._decode_framewise
+        if self._branch(clip, options) == "tracked":
+            if len(answer.seg) > settings.MAX_OBJECTS:
+                raise CapacityExceeded(
+                    f"sparrow: the answer names {len(answer.seg)} objects, expected at most {settings.MAX_OBJECTS} to track. "
+                    "Ask for fewer, or use branch framewise."
+                )
+            by_frame = self._track
         for frame_idx, response in enumerate(by_frame(clip, objects, encoded, options, timings)):
             yield {"frame_idx": np.array([frame_idx], np.int32), "frame_size": np.array(clip.size, np.int32), **response}
 
@@ -324,12 +347,14 @@ class FrameFeatures:
             return self._pipeline.runner.run("frame_encoder", {"grounding_frames": grounding[None]})
 
 
-def decode_prompt(prompt: Array) -> str:
-    """The user's text; raises InvalidInput when it is no UTF-8."""
+def read_prompt(inputs: Arrays) -> str:
+    """The user's text; raises InvalidInput when it is no UTF-8, empty, or holds markup."""
     try:
-        return str(prompt[0].decode())
+        prompt = str(inputs["prompt"][0].decode())
     except UnicodeDecodeError as error:
         raise InvalidInput(f"sparrow.prompt: got bytes that are no UTF-8 ({error}). Encode the text as UTF-8.") from error
+    check_prompt(prompt)
+    return prompt
 
 
 def read_clip(inputs: Arrays, options: Options) -> Clip:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from . import settings
+from .components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER
 from .errors import InvalidInput
 from .tokenizer import Tokenizer
 
@@ -24,23 +25,22 @@ def check_prompt(prompt: str) -> None:
             raise InvalidInput(f"sparrow.prompt: got the markup {literal!r} in the text, expected plain words. Remove it.")
 
 
-def prompt_parts(tokenizer: Tokenizer, prompt: str, with_targets: bool) -> tuple[list[int], list[int], list[int]]:
-    """Token ids before the visual tokens, between them and the target tokens, and behind those.
+def prompt_ids(tokenizer: Tokenizer, prompt: str, with_targets: bool) -> list[int]:
+    """The user's text in its template: token ids with one placeholder for the visual and one for the target tokens.
 
-    Each part is tokenised on its own, as the original splits the text at its placeholders.
+    Each part between placeholders is tokenised on its own, as the original does.
 
     Raises:
-        InvalidInput: the three parts are longer than MAX_PROMPT_TOKENS.
+        InvalidInput: longer than MAX_PROMPT_TOKENS.
     """
-    before = [tokenizer.bos_token_id, *tokenizer.encode(SYSTEM)]
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(SYSTEM), VISUAL_PLACEHOLDER]
     if with_targets:
-        between, behind = tokenizer.encode(f"\n{prompt}\n"), tokenizer.encode(ASSISTANT)
+        ids += [*tokenizer.encode(f"\n{prompt}\n"), TARGET_PLACEHOLDER, *tokenizer.encode(ASSISTANT)]
     else:
-        between, behind = tokenizer.encode(f"\n{prompt}{ASSISTANT}"), []
-    length = len(before) + len(between) + len(behind)
-    if length > settings.MAX_PROMPT_TOKENS:
-        raise InvalidInput(f"sparrow.prompt: got {length} tokens with the template, expected at most {settings.MAX_PROMPT_TOKENS}. Shorten it.")
-    return before, between, behind
+        ids += tokenizer.encode(f"\n{prompt}{ASSISTANT}")
+    if len(ids) > settings.MAX_PROMPT_TOKENS:
+        raise InvalidInput(f"sparrow.prompt: got {len(ids)} tokens with the template, expected at most {settings.MAX_PROMPT_TOKENS}. Shorten it.")
+    return ids
 
 
 def phrases(answer: str) -> list[str]:

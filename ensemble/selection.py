@@ -15,7 +15,7 @@ EPS = 1e-6
 def fuse(selector_logits: Array, roi_logits: Array | None) -> Array:
     """Probability that a proposal is what a token means: [M, P] float32 logits to [M, P] in 0..1."""
     logits = selector_logits if roi_logits is None else selector_logits + np.float32(settings.ROI_FUSION_GAMMA) * roi_logits
-    return np.asarray(1 / (1 + np.exp(-logits)))
+    return np.asarray(np.exp(-np.logaddexp(0, -logits)))  # the sigmoid, without overflow
 
 
 def choose(probabilities: Array, threshold: float) -> list[Array]:

@@ -188,7 +188,7 @@ class Component:
             seed: the same seed gives the same arrays.
             sizes: size of each `Dim` by name; `opt` where not given.
         Returns:
-            Input name to array: standard normal floats, integers within their bounds, random booleans.
+            Input name to array: standard normal floats, boxes in and around the frame, integers within their bounds, booleans.
         """
         rng = np.random.default_rng(seed)
         bound = {size.name: sizes.get(size.name, size.opt) for spec in self.inputs for size in spec.shape if isinstance(size, Dim)}
@@ -202,6 +202,9 @@ class Component:
             elif spec.dtype.startswith(("int", "uint")):
                 high = bound[spec.below.name] if isinstance(spec.below, Dim) else spec.below or 256
                 arrays[spec.name] = rng.integers(spec.above, high, shape).astype(spec.dtype)
+            elif spec.name.endswith("boxes"):
+                corners = np.sort(rng.uniform(-0.2, 1.2, (*shape[:-1], 2, 2)), axis=-2)  # proposals may leave the frame
+                arrays[spec.name] = corners.reshape(shape).astype(spec.dtype)
             else:
                 arrays[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
         return arrays

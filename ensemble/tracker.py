@@ -68,6 +68,7 @@ class Tracker:
         for position, request in enumerate(requests):
             try:
                 self._contract.check_inputs(request.inputs)
+                masks.mask_format(request.parameters)  # here, so that a wrong one fails alone
                 if request.inputs["frame_size"].any():
                     frames.append(self._admit(request, len(frames)))
                     admitted.append(position)

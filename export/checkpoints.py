@@ -117,7 +117,7 @@ class Checkpoint:
         return module
 
     def _matching(self, module: Graph) -> Iterable[tuple[str, str, Tensor]]:
-        """(own name, "source:original name", tensor) for every original key under the module's prefixes; the longest one decides."""
+        """(own name, "source:original name", tensor) for every original key under a prefix; the longest prefix decides."""
         places = {place: own for own, alternatives in module.keys.items() for place in alternatives.split("|")}
         for source in dict.fromkeys(place.split(":")[0] for place in places):
             for name, tensor in self.tensors(source).items():

@@ -18,11 +18,11 @@ def local_runner(checkpoint: Checkpoint) -> LocalRunner:
     graphs = {name: TorchGraph(checkpoint.build(name), name) for name in MODULES if name != "language_decoder"}
     runner = LocalRunner(graphs)
     decoder = TorchDecoder(checkpoint.build("language_decoder"), graphs["token_embedder"], graphs["prompt_projector"])
-    runner.stateful["language_model"] = LanguageModel(checkpoint.config, Tokenizer(checkpoint.path("sparrow")), decoder)
+    runner.stateful["language_model"] = LanguageModel(checkpoint.config, decoder)
     runner.stateful["tracker"] = Tracker(checkpoint.config, runner)
     return runner
 
 
 def local_pipeline(checkpoint: Checkpoint) -> Pipeline:
     """The component `sparrow` in this process."""
-    return Pipeline(checkpoint.config, local_runner(checkpoint))
+    return Pipeline(checkpoint.config, Tokenizer(checkpoint.path("sparrow")), local_runner(checkpoint))

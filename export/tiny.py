@@ -114,7 +114,7 @@ def wire_answer(sparrow: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     sparrow["model.embed_tokens.weight"] = embeddings
     for name, tensor in sparrow.items():
         if name.startswith("model.layers.") and name.endswith(("o_proj.weight", "down_proj.weight")):
-            sparrow[name] = tensor * 0.02
+            sparrow[name] = tensor * 0.3
     head = torch.zeros_like(sparrow["lm_head.weight"])
     for previous, following in zip(chain, chain[1:], strict=False):
         head[following] = embeddings[previous] / embeddings[previous].norm()
@@ -122,11 +122,15 @@ def wire_answer(sparrow: dict[str, Tensor], tokenizer: Tokenizer) -> None:
 
 
 def show_masks(sparrow: dict[str, Tensor]) -> None:
-    """Makes objects count as present, and masks vary over the frame."""
+    """Makes objects count as present, and masks follow the picture: random weights alone give noise at every pixel."""
     head = "model.visual_model.sam_mask_decoder."
     sparrow[head + "pred_obj_score_head.layers.2.bias"] = sparrow[head + "pred_obj_score_head.layers.2.bias"] + 2
     for name, tensor in sparrow.items():
-        if name.startswith(head + "output_hypernetworks_mlps.") and name.endswith("layers.2.weight"):
+        if name.startswith((head + "conv_s0", head + "conv_s1")):
+            sparrow[name] = tensor * 10
+        elif name in (head + "output_upscaling.0.weight", head + "output_upscaling.3.weight"):
+            sparrow[name] = tensor.mean((2, 3), keepdim=True).expand_as(tensor)
+        elif name.startswith(head + "output_hypernetworks_mlps.") and name.endswith("layers.2.weight"):
             sparrow[name] = tensor * 30
 
 

@@ -167,7 +167,7 @@ def repository_from_checkpoint(checkpoint: Checkpoint, folder: Path, progress: C
             else:
                 save_module(module, path)
     for name in TOKENIZER_FILES:
-        shutil.copyfile(checkpoint.path("sparrow") / name, folder / "language_model" / "1" / name)
+        shutil.copyfile(checkpoint.path("sparrow") / name, folder / "sparrow" / "1" / name)
 
 
 def tensor_table(model: Component) -> str:

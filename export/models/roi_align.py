@@ -19,7 +19,7 @@ def roi_align(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tenso
 
     Args:
         features: [1, C, h, w] float.
-        boxes: [P, 4] float, xyxy, unbounded; a box without extent has no samples and gives zeros.
+        boxes: [P, 4] float, xyxy, unbounded; without extent or with its sides swapped a box has no samples and gives zeros.
         size: cells along each side of a box.
         scale: pixels of the map per unit of `boxes`.
     Returns:
@@ -68,10 +68,13 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     first = onnx.helper.make_tensor("first", onnx.TensorProto.INT64, [1], [0])
 
     def translation(features: Any, boxes: Any, size: int, scale: float) -> Any:
+        # ONNX Runtime fails on a box whose sides are swapped; without extent it gives the same zeros.
+        start, end = opset18.Split(boxes, axis=1, num_outputs=2)
+        ordered: Any = opset18.Concat(start, opset18.Max(start, end), axis=1)
         map_of_box: Any = opset18.ConstantOfShape(opset18.Shape(boxes, end=1), value=first)
         return opset18.RoiAlign(
             features,
-            boxes,
+            ordered,
             map_of_box,
             coordinate_transformation_mode="half_pixel",
             mode="avg",

@@ -1,0 +1,35 @@
+"""What several test files share: the tiny checkpoint, its repository, a running server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from export.checkpoints import Checkpoint
+from export.serve import Ports, Server
+from export.tiny import write_tiny
+from export.to_repository import repository_from_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The seeded tiny checkpoint, read back from disk."""
+    root = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    write_tiny(root, seed=0)
+    return Checkpoint(root)
+
+
+@pytest.fixture(scope="session")
+def repository(tiny: Checkpoint) -> Path:
+    """A complete model repository of the tiny checkpoint."""
+    folder = tiny.root.parent / "repository"
+    repository_from_checkpoint(tiny, folder, progress=lambda name: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Server:
+    """A real tritonserver with the tiny repository."""
+    with Server(repository, Ports(0, 0, 0)) as running:
+        yield running

@@ -1,0 +1,339 @@
+import random
+
+import numpy as np
+import pytest
+
+from ensemble import settings
+from ensemble.components import components
+from ensemble.config import TINY
+from ensemble.errors import CapacityExceeded, InvalidInput, UnknownSession
+from ensemble.generation import LanguageModel
+from ensemble.prompt import prompt_parts
+from ensemble.runner import CLOSING, SequenceRequest
+from ensemble.sessions import SessionStore
+from ensemble.tokenizer import Tokenizer
+from export.tiny import write_tokenizer
+
+WIDTH, END = TINY.language.width, TINY.language.eos_token_ids[-1]
+ID, STORY = 0, 1
+"""Columns of the fake's embeddings: the token's id, and on visual tokens which story to tell."""
+
+
+class ScriptedDecoder:
+    """Tells stories (lists of token ids) by number; refuses every call that a real key/value cache could not serve."""
+
+    def __init__(self, stories):
+        self.stories = stories
+        self.prompts = []
+        self.batches = []
+        self._slots = {}  # slot -> [story, tokens told]
+
+    def embed(self, token_ids):
+        rows = np.zeros((len(token_ids), WIDTH), np.float32)
+        rows[:, ID] = token_ids
+        return rows
+
+    def prefill(self, slot, embeddings):
+        assert 0 <= slot < settings.MAX_GENERATIONS
+        assert embeddings.dtype == np.float32
+        self.prompts.append((slot, embeddings))
+        self._slots[slot] = [int(embeddings[:, STORY].max()), 0]
+        return self._tell(slot)
+
+    def decode(self, slots, token_ids):
+        assert len(set(slots)) == len(slots) == len(token_ids)
+        self.batches.append(sorted(slots))
+        for slot, token_id in zip(slots, token_ids, strict=True):
+            story, told = self._slots[slot]
+            assert token_id == self.stories[story][told - 1]
+        logits, states = zip(*map(self._tell, slots), strict=True)
+        return np.stack(logits), np.stack(states)
+
+    def project(self, states):
+        return states[:, : TINY.sam2.width] * 2
+
+    def _tell(self, slot):
+        story, told = self._slots[slot]
+        self._slots[slot][1] += 1
+        logits = np.zeros(TINY.language.vocab_size, np.float32)
+        logits[self.stories[story][told] :] = 1  # a tie: the first largest logit counts
+        return logits, state_of(story, told)
+
+
+def state_of(story, position):
+    return np.full(WIDTH, story + position / 1024, np.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return Tokenizer(folder)
+
+
+def language_model(tokenizer, *texts):
+    """A model whose story n is the n-th text and an end token."""
+    decoder = ScriptedDecoder([[*tokenizer.encode(text), END] for text in texts])
+    return LanguageModel(TINY, tokenizer, decoder), decoder
+
+
+def start(session_id, story=0, num_tokens=1, end=False, num_visual=3, **inputs):
+    visual = np.zeros((num_visual, WIDTH), np.float32)
+    visual[:, ID], visual[:, STORY] = -1, story
+    inputs = {"prompt": np.array([b"Where is it?"], object), "visual_tokens": visual, **inputs}
+    inputs = {name: array for name, array in inputs.items() if array is not None}
+    return SequenceRequest(session_id, {"num_tokens": np.array([num_tokens], np.int32), **inputs}, start=True, end=end)
+
+
+def more(session_id, num_tokens=1, end=False):
+    return SequenceRequest(session_id, {"num_tokens": np.array([num_tokens], np.int32)}, end=end)
+
+
+def closing(session_id):
+    return SequenceRequest(session_id, CLOSING["language_model"], end=True)
+
+
+def joined(results):
+    """One answer's results as one."""
+    return {
+        "text": b"".join(result["text"][0] for result in results).decode(),
+        "token_ids": np.concatenate([result["token_ids"] for result in results]).tolist(),
+        "final_states": np.concatenate([result["final_states"] for result in results]),
+        "prompt_embeddings": np.concatenate([result["prompt_embeddings"] for result in results]),
+        "finished": [bool(result["finished"][0]) for result in results],
+    }
+
+
+def test_answer_ends_with_the_end_token_whose_text_is_left_out(tokenizer):
+    model, decoder = language_model(tokenizer, "the moving shape [BOX] [SEG]")
+    (story,) = decoder.stories
+    (result,) = model.step([start(1, num_tokens=100)])
+    assert result["token_ids"].tolist() == story
+    assert result["text"][0].decode() == tokenizer.decode(story[:-1])
+    assert result["finished"].tolist() == [True]
+    expected = np.stack([state_of(0, position) for position in range(len(story))])
+    np.testing.assert_array_equal(result["final_states"], expected)
+    np.testing.assert_array_equal(result["prompt_embeddings"], expected[:, : TINY.sam2.width] * 2)
+
+
+def test_every_end_token_finishes_an_answer(tokenizer):
+    for end in TINY.language.eos_token_ids:
+        model = LanguageModel(TINY, tokenizer, ScriptedDecoder([[5, end, 6]]))
+        (result,) = model.step([start(1, num_tokens=100)])
+        assert result["token_ids"].tolist() == [5, end]
+        assert result["finished"].tolist() == [True]
+
+
+def test_results_satisfy_the_contract(tokenizer):
+    model, _ = language_model(tokenizer, "the moving shape")
+    contract = components(TINY)["language_model"]
+    for request in (start(1), more(1, 2), more(1, 0), closing(1)):
+        (result,) = model.step([request])
+        assert set(result) == {spec.name for spec in contract.outputs}
+        for spec in contract.outputs:
+            assert result[spec.name].dtype == spec.numpy_dtype, spec.name
+            assert result[spec.name].ndim == len(spec.shape), spec.name
+
+
+def test_prompt_is_laid_out_as_the_original_does(tokenizer):
+    targets = np.zeros((2, WIDTH), np.float32)
+    targets[:, ID] = [-11, -12]
+    for target_tokens in (None, targets):
+        model, decoder = language_model(tokenizer, "the")
+        model.step([start(1, target_tokens=target_tokens)])
+        before, between, behind = prompt_parts(tokenizer, "Where is it?", with_targets=target_tokens is not None)
+        expected = [*before, -1, -1, -1, *between, *([] if target_tokens is None else [-11, -12]), *behind]
+        ((_, embeddings),) = decoder.prompts
+        assert embeddings[:, ID].tolist() == expected
+
+
+STORIES = (
+    "the moving shape [BOX] [SEG]",
+    "What is the red circle? Grüße 🙂🙂",
+    "[SEG]",
+    "Please respond with interleaved segmentation masks for the corresponding parts of the answer. " * 3,
+    "漢字 [BOX] [SEG] and 漢字 [SEG]",
+)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_interleaved_answers_equal_each_answer_alone(tokenizer, seed):
+    rng = random.Random(seed)
+    stories = [rng.randrange(len(STORIES)) for _ in range(settings.MAX_GENERATIONS)]
+    alone = []
+    for story in stories:
+        model, _ = language_model(tokenizer, *STORIES)
+        alone.append(joined(model.step([start(1, story, num_tokens=1000)])))
+
+    model, _ = language_model(tokenizer, *STORIES)
+    results = {session: [] for session in range(len(stories))}
+    unfinished = set(results)
+    while unfinished:
+        chosen = rng.sample(sorted(unfinished), rng.randint(1, len(unfinished)))
+        sizes = [rng.randint(1, 5) for _ in chosen]
+        requests = [
+            more(session, size) if results[session] else start(session, stories[session], size) for session, size in zip(chosen, sizes, strict=True)
+        ]
+        for session, size, result in zip(chosen, sizes, model.step(requests), strict=True):
+            results[session].append(result)
+            assert len(result["token_ids"]) == size or result["finished"][0]
+            if result["finished"][0]:
+                unfinished.remove(session)
+                model.step([closing(session)])
+    for session, story in enumerate(stories):
+        got = joined(results[session])
+        assert got["finished"] == [False] * (len(results[session]) - 1) + [True]
+        assert (got["text"], got["token_ids"]) == (alone[session]["text"], alone[session]["token_ids"])
+        assert got["text"] == tokenizer.decode(tokenizer.encode(STORIES[story]))
+        np.testing.assert_array_equal(got["final_states"], alone[session]["final_states"])
+        np.testing.assert_array_equal(got["prompt_embeddings"], alone[session]["prompt_embeddings"])
+
+
+def test_answers_of_one_step_are_decoded_together(tokenizer):
+    model, decoder = language_model(tokenizer, *STORIES)
+    model.step([start(1, 3), start(2, 3), start(3, 3)])
+    model.step([more(1, 4), more(2, 2), more(3, 4)])
+    assert decoder.batches == [[0, 1, 2], [0, 1, 2], [0, 2], [0, 2]]
+
+
+def test_text_pieces_are_whole_characters_and_add_up_when_tokens_come_one_by_one(tokenizer):
+    text = "a 🙂 漢字 é [BOX] [SEG] 🙂"
+    model, _ = language_model(tokenizer, text)
+    results = model.step([start(1)])
+    while not results[-1]["finished"][0]:
+        results += model.step([more(1)])
+    assert "\ufffd" not in b"".join(result["text"][0] for result in results).decode()
+    assert joined(results)["text"] == tokenizer.decode(tokenizer.encode(text))
+    assert len(results) == len(tokenizer.encode(text)) + 1
+    emoji = [result["text"][0].decode() for result in results if "🙂" in result["text"][0].decode()]
+    assert len(emoji) == 2
+
+
+def test_bytes_that_never_become_a_character_are_shown_once_they_are_final(tokenizer):
+    half = tokenizer.encode("🙂")[:-1]
+    word = tokenizer.encode("the")
+    model = LanguageModel(TINY, tokenizer, ScriptedDecoder([[*half, *word, *half, END]]))
+    results = model.step([start(1)])
+    while not results[-1]["finished"][0]:
+        results += model.step([more(1)])
+    assert joined(results)["text"] == tokenizer.decode([*half, *word, *half])
+    shown = [result["text"][0].decode() for result in results]
+    assert all("\ufffd" not in piece for piece in shown[: len(half)])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_text_pieces_add_up_to_the_decoded_answer_whatever_the_tokens(tokenizer, seed):
+    rng = random.Random(seed)
+    ids = [rng.choice([id for id in range(TINY.language.vocab_size) if id not in TINY.language.eos_token_ids]) for _ in range(60)]
+    model = LanguageModel(TINY, tokenizer, ScriptedDecoder([[*ids, END]]))
+    results = model.step([start(1)])
+    while not results[-1]["finished"][0]:
+        results += model.step([more(1, rng.randint(1, 3))])
+    assert joined(results)["text"] == tokenizer.decode(ids)
+
+
+def test_slots_are_used_again_after_end(tokenizer):
+    model, decoder = language_model(tokenizer, *STORIES)
+    everyone = range(1, settings.MAX_GENERATIONS + 1)
+    model.step([start(session, 3) for session in everyone])
+    assert [slot for slot, _ in decoder.prompts] == list(range(settings.MAX_GENERATIONS))
+
+    refused, going_on = model.step([start(99, 0), more(1)])
+    assert isinstance(refused, CapacityExceeded)
+    assert len(going_on["token_ids"]) == 1
+
+    model.step([more(3, end=True), closing(6)])
+    assert len(model.sessions) == settings.MAX_GENERATIONS - 2
+    model.step([start(99, 0), start(98, 1)])
+    assert [slot for slot, _ in decoder.prompts[-2:]] == [2, 5]
+    (result,) = model.step([more(98, num_tokens=1000)])
+    assert result["finished"][0]
+
+
+def test_session_that_starts_again_begins_a_new_answer(tokenizer):
+    model, decoder = language_model(tokenizer, *STORIES)
+    model.step([start(1, 3, num_tokens=4)])
+    first, second = model.step([start(1, 0)])[0], model.step([more(1, 1000)])[0]
+    assert joined([first, second])["token_ids"] == decoder.stories[0]
+    assert [slot for slot, _ in decoder.prompts] == [0, 0]
+    assert len(model.sessions) == 1
+
+
+BAD_STARTS = {
+    "no prompt": (start(9, prompt=None), InvalidInput, "language_model: got START without prompt and visual_tokens"),
+    "no visual tokens": (start(9, visual_tokens=None), InvalidInput, "language_model: got START without prompt and visual_tokens"),
+    "markup": (start(9, prompt=np.array([b"the [SEG]"], object)), InvalidInput, "got the markup"),
+    "empty": (start(9, prompt=np.array([b" "], object)), InvalidInput, "got an empty text"),
+    "too long": (start(9, prompt=np.array([b"a " * 600], object)), InvalidInput, "expected at most 512"),
+    "no UTF-8": (start(9, prompt=np.array([b"\xff\xfe"], object)), InvalidInput, "got bytes that are no UTF-8"),
+    "wrong width": (start(9, visual_tokens=np.zeros((3, 7), np.float32)), InvalidInput, r"visual_tokens: got \[3, 7\] float32"),
+    "negative count": (start(9, num_tokens=-1), InvalidInput, "num_tokens: got values -1..-1, expected 0..1024"),
+    "not open": (more(9), UnknownSession, "language_model: session 9 is not open"),
+}
+
+
+@pytest.mark.parametrize(("request_", "kind", "message"), BAD_STARTS.values(), ids=BAD_STARTS)
+def test_bad_request_fails_alone(tokenizer, request_, kind, message):
+    model, decoder = language_model(tokenizer, *STORIES)
+    model.step([start(1, 0)])
+    going_on, error, fresh = model.step([more(1, 1000), request_, start(2, 1, 1000)])
+    with pytest.raises(kind, match=message):
+        raise error
+    assert going_on["token_ids"].tolist() == decoder.stories[0][1:]  # the first token came with START
+    assert fresh["token_ids"].tolist() == decoder.stories[1]
+    assert len(model.sessions) == 2
+
+
+def test_failed_start_frees_the_session_that_it_would_have_replaced(tokenizer):
+    model, _ = language_model(tokenizer, *STORIES)
+    model.step([start(1)])
+    model.step([start(1, prompt=None)])
+    assert len(model.sessions) == 0
+
+
+def test_closing_request_decodes_nothing_and_may_come_late(tokenizer):
+    model, decoder = language_model(tokenizer, *STORIES)
+    model.step([start(1)])
+    for _ in range(2):  # the second finds the session closed
+        (result,) = model.step([closing(1)])
+        assert joined([result])["text"] == ""
+        assert result["token_ids"].shape == (0,)
+        assert result["final_states"].shape == (0, WIDTH)
+        assert result["prompt_embeddings"].shape == (0, TINY.sam2.width)
+        assert len(model.sessions) == 0
+    assert not decoder.batches
+
+
+def test_finished_answer_has_nothing_more_to_say(tokenizer):
+    model, _ = language_model(tokenizer, *STORIES)
+    model.step([start(1, 0, num_tokens=1000)])
+    (result,) = model.step([more(1, 5)])
+    assert (joined([result])["text"], result["token_ids"].tolist(), result["finished"].tolist()) == ("", [], [True])
+
+
+def test_answer_is_finished_when_the_cache_is_full(tokenizer):
+    model, decoder = language_model(tokenizer, "a " * 600)
+    room = 10
+    prompt = sum(map(len, prompt_parts(tokenizer, "Where is it?", with_targets=False)))
+    (result,) = model.step([start(1, num_tokens=1000, num_visual=TINY.max_sequence - prompt - room)])
+    assert len(decoder.prompts[0][1]) == TINY.max_sequence - room
+    assert len(decoder.batches) == room  # as many tokens as fit were written behind the prompt
+    assert len(result["token_ids"]) == room + 1
+    assert result["finished"].tolist() == [True]
+
+
+def test_answer_is_dropped_when_idle(tokenizer):
+    now = 0.0
+    model, _ = language_model(tokenizer, *STORIES)
+    model.sessions = SessionStore("language_model", settings.MAX_GENERATIONS, settings.GENERATION_IDLE_S, clock=lambda: now)
+    model.step([start(1)])
+    now = settings.GENERATION_IDLE_S + 1
+    with pytest.raises(UnknownSession, match="was idle for over 30 s"):
+        raise model.step([more(1)])[0]
+
+
+def test_start_decides_the_first_token_even_when_none_is_asked_for(tokenizer):
+    model, _ = language_model(tokenizer, *STORIES)
+    (result,) = model.step([start(1, num_tokens=0)])
+    assert len(result["token_ids"]) == 1
+
