@@ -102,6 +102,8 @@ class LanguageModel:
                 return Turn(Answer(NO_SLOT, 0, finished=True), 0)
             return Turn(self.sessions.get(request.session_id), num_tokens)
         embeddings = self._embeddings(request.inputs)
+        if len(embeddings) > self._config.max_sequence:
+            raise InvalidInput(f"language_model: got {len(embeddings)} tokens, expected at most {self._config.max_sequence}. Shorten the prompt.")
         answer = self.sessions.open(request.session_id, Answer(NO_SLOT, len(embeddings)))
         used = {other.slot for other in self.sessions.states()}
         answer.slot = next(slot for slot in range(settings.MAX_GENERATIONS) if slot not in used)

@@ -28,7 +28,7 @@ from sparrow_client import (
 from sparrow_client._errors import error_from_triton
 
 FRAMES = np.zeros((2, 16, 24, 3), np.uint8)
-TIMEOUT_S = 1.0
+TIMEOUT_S = 0.4
 
 
 def test_everything_public_is_there():

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from ensemble import settings
-from ensemble.components import components
+from ensemble.components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER, components
 from ensemble.config import TINY
 from ensemble.errors import CapacityExceeded, InvalidInput, UnknownSession
 from ensemble.generation import LanguageModel
-from ensemble.prompt import prompt_parts
+from ensemble.pipeline import Answer
 from ensemble.runner import CLOSING, SequenceRequest
 from ensemble.sessions import SessionStore
 from ensemble.tokenizer import Tokenizer
@@ -64,23 +64,19 @@ def state_of(story, position):
     return np.full(WIDTH, story + position / 1024, np.float32)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return Tokenizer(folder)
+STORIES = [[5, 6, 7, END], [8] * 30 + [END], [END], [*range(10, 90), END], [9, 8, 9, 8, END]]
+PROMPT = np.array([1, 7, VISUAL_PLACEHOLDER, 8, 9], np.int32)
 
 
-def language_model(tokenizer, *texts):
-    """A model whose story n is the n-th text and an end token."""
-    decoder = ScriptedDecoder([[*tokenizer.encode(text), END] for text in texts])
-    return LanguageModel(TINY, tokenizer, decoder), decoder
+def language_model(*stories):
+    decoder = ScriptedDecoder(stories or STORIES)
+    return LanguageModel(TINY, decoder), decoder
 
 
 def start(session_id, story=0, num_tokens=1, end=False, num_visual=3, **inputs):
     visual = np.zeros((num_visual, WIDTH), np.float32)
     visual[:, ID], visual[:, STORY] = -1, story
-    inputs = {"prompt": np.array([b"Where is it?"], object), "visual_tokens": visual, **inputs}
+    inputs = {"prompt_ids": PROMPT, "visual_tokens": visual, **inputs}
     inputs = {name: array for name, array in inputs.items() if array is not None}
     return SequenceRequest(session_id, {"num_tokens": np.array([num_tokens], np.int32), **inputs}, start=True, end=end)
 
@@ -96,7 +92,6 @@ def closing(session_id):
 def joined(results):
     """One answer's results as one."""
     return {
-        "text": b"".join(result["text"][0] for result in results).decode(),
         "token_ids": np.concatenate([result["token_ids"] for result in results]).tolist(),
         "final_states": np.concatenate([result["final_states"] for result in results]),
         "prompt_embeddings": np.concatenate([result["prompt_embeddings"] for result in results]),
@@ -104,75 +99,70 @@ def joined(results):
     }
 
 
-def test_answer_ends_with_the_end_token_whose_text_is_left_out(tokenizer):
-    model, decoder = language_model(tokenizer, "the moving shape [BOX] [SEG]")
-    (story,) = decoder.stories
+def test_answer_ends_with_the_end_token():
+    model, _ = language_model([5, 6, 7, END, 8])
     (result,) = model.step([start(1, num_tokens=100)])
-    assert result["token_ids"].tolist() == story
-    assert result["text"][0].decode() == tokenizer.decode(story[:-1])
+    assert result["token_ids"].tolist() == [5, 6, 7, END]
     assert result["finished"].tolist() == [True]
-    expected = np.stack([state_of(0, position) for position in range(len(story))])
+    expected = np.stack([state_of(0, position) for position in range(4)])
     np.testing.assert_array_equal(result["final_states"], expected)
     np.testing.assert_array_equal(result["prompt_embeddings"], expected[:, : TINY.sam2.width] * 2)
 
 
-def test_every_end_token_finishes_an_answer(tokenizer):
-    for end in TINY.language.eos_token_ids:
-        model = LanguageModel(TINY, tokenizer, ScriptedDecoder([[5, end, 6]]))
-        (result,) = model.step([start(1, num_tokens=100)])
-        assert result["token_ids"].tolist() == [5, end]
-        assert result["finished"].tolist() == [True]
+@pytest.mark.parametrize("end", TINY.language.eos_token_ids)
+def test_every_end_token_finishes_an_answer(end):
+    model, _ = language_model([5, end, 6])
+    (result,) = model.step([start(1, num_tokens=100)])
+    assert result["token_ids"].tolist() == [5, end]
+    assert result["finished"].tolist() == [True]
 
 
-def test_results_satisfy_the_contract(tokenizer):
-    model, _ = language_model(tokenizer, "the moving shape")
+def test_results_satisfy_the_contract():
+    model, _ = language_model()
     contract = components(TINY)["language_model"]
     for request in (start(1), more(1, 2), more(1, 0), closing(1)):
         (result,) = model.step([request])
         assert set(result) == {spec.name for spec in contract.outputs}
         for spec in contract.outputs:
-            assert result[spec.name].dtype == spec.numpy_dtype, spec.name
-            assert result[spec.name].ndim == len(spec.shape), spec.name
+            assert (result[spec.name].dtype, result[spec.name].ndim) == (spec.numpy_dtype, len(spec.shape)), spec.name
 
 
-def test_prompt_is_laid_out_as_the_original_does(tokenizer):
+@pytest.mark.parametrize(
+    ("prompt_ids", "with_targets", "expected"),
+    [
+        ([1, 7, VISUAL_PLACEHOLDER, 8, 9], False, [1, 7, -1, -1, -1, 8, 9]),
+        ([VISUAL_PLACEHOLDER, 8, TARGET_PLACEHOLDER, 9], True, [-1, -1, -1, 8, -11, -12, 9]),
+        ([8, TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER], True, [8, -11, -12, -1, -1, -1]),
+        ([VISUAL_PLACEHOLDER, TARGET_PLACEHOLDER, 0], False, [-1, -1, -1, 0]),
+    ],
+)
+def test_visual_and_target_tokens_take_the_place_of_their_placeholders(prompt_ids, with_targets, expected):
     targets = np.zeros((2, WIDTH), np.float32)
     targets[:, ID] = [-11, -12]
-    for target_tokens in (None, targets):
-        model, decoder = language_model(tokenizer, "the")
-        model.step([start(1, target_tokens=target_tokens)])
-        before, between, behind = prompt_parts(tokenizer, "Where is it?", with_targets=target_tokens is not None)
-        expected = [*before, -1, -1, -1, *between, *([] if target_tokens is None else [-11, -12]), *behind]
-        ((_, embeddings),) = decoder.prompts
-        assert embeddings[:, ID].tolist() == expected
-
-
-STORIES = (
-    "the moving shape [BOX] [SEG]",
-    "What is the red circle? Grüße 🙂🙂",
-    "[SEG]",
-    "Please respond with interleaved segmentation masks for the corresponding parts of the answer. " * 3,
-    "漢字 [BOX] [SEG] and 漢字 [SEG]",
-)
+    model, decoder = language_model()
+    model.step([start(1, prompt_ids=np.array(prompt_ids, np.int32), target_tokens=targets if with_targets else None)])
+    ((_, embeddings),) = decoder.prompts
+    assert embeddings[:, ID].tolist() == expected
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_interleaved_answers_equal_each_answer_alone(tokenizer, seed):
+def test_interleaved_answers_equal_each_answer_alone(seed):
     rng = random.Random(seed)
     stories = [rng.randrange(len(STORIES)) for _ in range(settings.MAX_GENERATIONS)]
     alone = []
     for story in stories:
-        model, _ = language_model(tokenizer, *STORIES)
+        model, _ = language_model()
         alone.append(joined(model.step([start(1, story, num_tokens=1000)])))
 
-    model, _ = language_model(tokenizer, *STORIES)
+    model, _ = language_model()
     results = {session: [] for session in range(len(stories))}
     unfinished = set(results)
     while unfinished:
         chosen = rng.sample(sorted(unfinished), rng.randint(1, len(unfinished)))
         sizes = [rng.randint(1, 5) for _ in chosen]
         requests = [
-            more(session, size) if results[session] else start(session, stories[session], size) for session, size in zip(chosen, sizes, strict=True)
+            more(session, size) if results[session] else start(session, stories[session], size)
+            for session, size in zip(chosen, sizes, strict=True)
         ]
         for session, size, result in zip(chosen, sizes, model.step(requests), strict=True):
             results[session].append(result)
@@ -183,57 +173,20 @@ def test_interleaved_answers_equal_each_answer_alone(tokenizer, seed):
     for session, story in enumerate(stories):
         got = joined(results[session])
         assert got["finished"] == [False] * (len(results[session]) - 1) + [True]
-        assert (got["text"], got["token_ids"]) == (alone[session]["text"], alone[session]["token_ids"])
-        assert got["text"] == tokenizer.decode(tokenizer.encode(STORIES[story]))
+        assert got["token_ids"] == alone[session]["token_ids"] == STORIES[story]
         np.testing.assert_array_equal(got["final_states"], alone[session]["final_states"])
         np.testing.assert_array_equal(got["prompt_embeddings"], alone[session]["prompt_embeddings"])
 
 
-def test_answers_of_one_step_are_decoded_together(tokenizer):
-    model, decoder = language_model(tokenizer, *STORIES)
+def test_answers_of_one_step_are_decoded_together():
+    model, decoder = language_model()
     model.step([start(1, 3), start(2, 3), start(3, 3)])
     model.step([more(1, 4), more(2, 2), more(3, 4)])
     assert decoder.batches == [[0, 1, 2], [0, 1, 2], [0, 2], [0, 2]]
 
 
-def test_text_pieces_are_whole_characters_and_add_up_when_tokens_come_one_by_one(tokenizer):
-    text = "a 🙂 漢字 é [BOX] [SEG] 🙂"
-    model, _ = language_model(tokenizer, text)
-    results = model.step([start(1)])
-    while not results[-1]["finished"][0]:
-        results += model.step([more(1)])
-    assert "\ufffd" not in b"".join(result["text"][0] for result in results).decode()
-    assert joined(results)["text"] == tokenizer.decode(tokenizer.encode(text))
-    assert len(results) == len(tokenizer.encode(text)) + 1
-    emoji = [result["text"][0].decode() for result in results if "🙂" in result["text"][0].decode()]
-    assert len(emoji) == 2
-
-
-def test_bytes_that_never_become_a_character_are_shown_once_they_are_final(tokenizer):
-    half = tokenizer.encode("🙂")[:-1]
-    word = tokenizer.encode("the")
-    model = LanguageModel(TINY, tokenizer, ScriptedDecoder([[*half, *word, *half, END]]))
-    results = model.step([start(1)])
-    while not results[-1]["finished"][0]:
-        results += model.step([more(1)])
-    assert joined(results)["text"] == tokenizer.decode([*half, *word, *half])
-    shown = [result["text"][0].decode() for result in results]
-    assert all("\ufffd" not in piece for piece in shown[: len(half)])
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_text_pieces_add_up_to_the_decoded_answer_whatever_the_tokens(tokenizer, seed):
-    rng = random.Random(seed)
-    ids = [rng.choice([id for id in range(TINY.language.vocab_size) if id not in TINY.language.eos_token_ids]) for _ in range(60)]
-    model = LanguageModel(TINY, tokenizer, ScriptedDecoder([[*ids, END]]))
-    results = model.step([start(1)])
-    while not results[-1]["finished"][0]:
-        results += model.step([more(1, rng.randint(1, 3))])
-    assert joined(results)["text"] == tokenizer.decode(ids)
-
-
-def test_slots_are_used_again_after_end(tokenizer):
-    model, decoder = language_model(tokenizer, *STORIES)
+def test_slots_are_used_again_after_end():
+    model, decoder = language_model()
     everyone = range(1, settings.MAX_GENERATIONS + 1)
     model.step([start(session, 3) for session in everyone])
     assert [slot for slot, _ in decoder.prompts] == list(range(settings.MAX_GENERATIONS))
@@ -247,56 +200,58 @@ def test_slots_are_used_again_after_end(tokenizer):
     model.step([start(99, 0), start(98, 1)])
     assert [slot for slot, _ in decoder.prompts[-2:]] == [2, 5]
     (result,) = model.step([more(98, num_tokens=1000)])
-    assert result["finished"][0]
+    assert result["token_ids"].tolist() == STORIES[1][1:]
 
 
-def test_session_that_starts_again_begins_a_new_answer(tokenizer):
-    model, decoder = language_model(tokenizer, *STORIES)
+def test_session_that_starts_again_begins_a_new_answer():
+    model, decoder = language_model()
     model.step([start(1, 3, num_tokens=4)])
-    first, second = model.step([start(1, 0)])[0], model.step([more(1, 1000)])[0]
-    assert joined([first, second])["token_ids"] == decoder.stories[0]
+    results = [*model.step([start(1, 0)]), *model.step([more(1, 1000)])]
+    assert joined(results)["token_ids"] == STORIES[0]
     assert [slot for slot, _ in decoder.prompts] == [0, 0]
     assert len(model.sessions) == 1
 
 
-BAD_STARTS = {
-    "no prompt": (start(9, prompt=None), InvalidInput, "language_model: got START without prompt and visual_tokens"),
-    "no visual tokens": (start(9, visual_tokens=None), InvalidInput, "language_model: got START without prompt and visual_tokens"),
-    "markup": (start(9, prompt=np.array([b"the [SEG]"], object)), InvalidInput, "got the markup"),
-    "empty": (start(9, prompt=np.array([b" "], object)), InvalidInput, "got an empty text"),
-    "too long": (start(9, prompt=np.array([b"a " * 600], object)), InvalidInput, "expected at most 512"),
-    "no UTF-8": (start(9, prompt=np.array([b"\xff\xfe"], object)), InvalidInput, "got bytes that are no UTF-8"),
+def ids(*values):
+    return np.array(values, np.int32)
+
+
+BAD_REQUESTS = {
+    "no prompt": (start(9, prompt_ids=None), InvalidInput, "language_model: got START without prompt_ids and visual_tokens"),
+    "no visual tokens": (start(9, visual_tokens=None), InvalidInput, "language_model: got START without prompt_ids and visual_tokens"),
+    "no such word": (start(9, prompt_ids=ids(1, 525)), InvalidInput, r"prompt_ids: got values 1..525, expected -201..524"),
+    "no such placeholder": (start(9, prompt_ids=ids(1, -202)), InvalidInput, r"prompt_ids: got values -202..1, expected -201..524"),
+    "longer than the cache": (start(9, num_visual=TINY.max_sequence - 3), InvalidInput, "language_model: got 2053 tokens, expected at most 2052"),
     "wrong width": (start(9, visual_tokens=np.zeros((3, 7), np.float32)), InvalidInput, r"visual_tokens: got \[3, 7\] float32"),
     "negative count": (start(9, num_tokens=-1), InvalidInput, "num_tokens: got values -1..-1, expected 0..1024"),
     "not open": (more(9), UnknownSession, "language_model: session 9 is not open"),
 }
 
 
-@pytest.mark.parametrize(("request_", "kind", "message"), BAD_STARTS.values(), ids=BAD_STARTS)
-def test_bad_request_fails_alone(tokenizer, request_, kind, message):
-    model, decoder = language_model(tokenizer, *STORIES)
+@pytest.mark.parametrize(("bad", "kind", "message"), BAD_REQUESTS.values(), ids=BAD_REQUESTS)
+def test_bad_request_fails_alone(bad, kind, message):
+    model, _ = language_model()
     model.step([start(1, 0)])
-    going_on, error, fresh = model.step([more(1, 1000), request_, start(2, 1, 1000)])
+    going_on, error, fresh = model.step([more(1, 1000), bad, start(2, 1, 1000)])
     with pytest.raises(kind, match=message):
         raise error
-    assert going_on["token_ids"].tolist() == decoder.stories[0][1:]  # the first token came with START
-    assert fresh["token_ids"].tolist() == decoder.stories[1]
+    assert going_on["token_ids"].tolist() == STORIES[0][1:]  # the first token came with START
+    assert fresh["token_ids"].tolist() == STORIES[1]
     assert len(model.sessions) == 2
 
 
-def test_failed_start_frees_the_session_that_it_would_have_replaced(tokenizer):
-    model, _ = language_model(tokenizer, *STORIES)
+def test_failed_start_frees_the_session_that_it_would_have_replaced():
+    model, _ = language_model()
     model.step([start(1)])
-    model.step([start(1, prompt=None)])
+    model.step([start(1, prompt_ids=None)])
     assert len(model.sessions) == 0
 
 
-def test_closing_request_decodes_nothing_and_may_come_late(tokenizer):
-    model, decoder = language_model(tokenizer, *STORIES)
+def test_closing_request_decodes_nothing_and_may_come_late():
+    model, decoder = language_model()
     model.step([start(1)])
     for _ in range(2):  # the second finds the session closed
         (result,) = model.step([closing(1)])
-        assert joined([result])["text"] == ""
         assert result["token_ids"].shape == (0,)
         assert result["final_states"].shape == (0, WIDTH)
         assert result["prompt_embeddings"].shape == (0, TINY.sam2.width)
@@ -304,27 +259,27 @@ def test_closing_request_decodes_nothing_and_may_come_late(tokenizer):
     assert not decoder.batches
 
 
-def test_finished_answer_has_nothing_more_to_say(tokenizer):
-    model, _ = language_model(tokenizer, *STORIES)
+def test_finished_answer_has_nothing_more_to_say():
+    model, decoder = language_model()
     model.step([start(1, 0, num_tokens=1000)])
+    before = len(decoder.batches)
     (result,) = model.step([more(1, 5)])
-    assert (joined([result])["text"], result["token_ids"].tolist(), result["finished"].tolist()) == ("", [], [True])
+    assert (result["token_ids"].tolist(), result["finished"].tolist(), len(decoder.batches)) == ([], [True], before)
 
 
-def test_answer_is_finished_when_the_cache_is_full(tokenizer):
-    model, decoder = language_model(tokenizer, "a " * 600)
+def test_answer_is_finished_when_the_cache_is_full():
+    model, decoder = language_model([5] * 1000)
     room = 10
-    prompt = sum(map(len, prompt_parts(tokenizer, "Where is it?", with_targets=False)))
-    (result,) = model.step([start(1, num_tokens=1000, num_visual=TINY.max_sequence - prompt - room)])
+    (result,) = model.step([start(1, num_tokens=1000, num_visual=TINY.max_sequence - (len(PROMPT) - 1) - room)])
     assert len(decoder.prompts[0][1]) == TINY.max_sequence - room
     assert len(decoder.batches) == room  # as many tokens as fit were written behind the prompt
     assert len(result["token_ids"]) == room + 1
     assert result["finished"].tolist() == [True]
 
 
-def test_answer_is_dropped_when_idle(tokenizer):
+def test_answer_is_dropped_when_idle():
     now = 0.0
-    model, _ = language_model(tokenizer, *STORIES)
+    model, _ = language_model()
     model.sessions = SessionStore("language_model", settings.MAX_GENERATIONS, settings.GENERATION_IDLE_S, clock=lambda: now)
     model.step([start(1)])
     now = settings.GENERATION_IDLE_S + 1
@@ -332,8 +287,59 @@ def test_answer_is_dropped_when_idle(tokenizer):
         raise model.step([more(1)])[0]
 
 
-def test_start_decides_the_first_token_even_when_none_is_asked_for(tokenizer):
-    model, _ = language_model(tokenizer, *STORIES)
+def test_start_decides_the_first_token_even_when_none_is_asked_for():
+    model, _ = language_model()
     (result,) = model.step([start(1, num_tokens=0)])
-    assert len(result["token_ids"]) == 1
+    assert result["token_ids"].tolist() == STORIES[0][:1]
 
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return Tokenizer(folder)
+
+
+def told(tokenizer, token_ids, size=1):
+    """An answer that comes `size` tokens at a time, and its pieces of text."""
+    answer = Answer(tokenizer, TINY.language)
+    groups = [token_ids[first : first + size] for first in range(0, len(token_ids), size)]
+    embeddings = [np.stack([state_of(id, 0)[: TINY.sam2.width] for id in group]) for group in groups]
+    last = len(groups) - 1
+    return answer, [answer.accept(np.array(group), rows, index == last) for index, (group, rows) in enumerate(zip(groups, embeddings, strict=True))]
+
+
+def test_text_pieces_are_whole_characters_and_add_up_when_tokens_come_one_by_one(tokenizer):
+    token_ids = tokenizer.encode("a 🙂 漢字 é [BOX] [SEG] 🙂")
+    answer, pieces = told(tokenizer, [*token_ids, END])
+    assert "".join(pieces) == answer.text == tokenizer.decode(token_ids)
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert sum("🙂" in piece for piece in pieces) == 2
+    assert answer.num_tokens == len(token_ids) + 1
+
+
+def test_bytes_that_never_become_a_character_are_shown_once_they_are_final(tokenizer):
+    half, word = tokenizer.encode("🙂")[:-1], tokenizer.encode("the")
+    answer, pieces = told(tokenizer, [*half, *word, *half])
+    assert not "".join(pieces[: len(half)]).strip()
+    assert "".join(pieces) == answer.text == tokenizer.decode([*half, *word, *half])
+    assert answer.text.endswith("\ufffd")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_text_pieces_add_up_to_the_decoded_answer_whatever_the_tokens(tokenizer, seed):
+    rng = random.Random(seed)
+    words = [id for id in range(TINY.language.vocab_size) if id not in TINY.language.eos_token_ids]
+    token_ids = [rng.choice(words) for _ in range(60)]
+    answer, pieces = told(tokenizer, [*token_ids, END], size=rng.randint(1, 3))
+    assert "".join(pieces) == answer.text == tokenizer.decode(token_ids)
+
+
+def test_answer_keeps_the_embeddings_of_seg_and_box_in_order(tokenizer):
+    seg, box = TINY.language.seg_token_id, TINY.language.box_token_id
+    answer = Answer(tokenizer, TINY.language)
+    rows = np.arange(12, dtype=np.float32).reshape(6, 2)
+    answer.accept(np.array([5, box, seg]), rows[:3], is_last=False)
+    answer.accept(np.array([seg, box, END]), rows[3:], is_last=True)
+    np.testing.assert_array_equal(answer.seg, rows[[2, 3]])
+    np.testing.assert_array_equal(answer.box, rows[[1, 4]])

@@ -1,13 +1,12 @@
 import pytest
 
 from ensemble import settings
+from ensemble.components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER
 from ensemble.errors import InvalidInput
-from ensemble.prompt import ASSISTANT, SYSTEM, check_prompt, phrases, prompt_parts
+from ensemble.prompt import ASSISTANT, SYSTEM, check_prompt, phrases, prompt_ids
 from ensemble.tokenizer import Tokenizer
 from export.tiny import write_tokenizer
 from tests import goldens
-
-IMAGE_PLACEHOLDER = -200
 
 
 @pytest.fixture(scope="module")
@@ -17,30 +16,39 @@ def tokenizer(tmp_path_factory):
     return Tokenizer(folder)
 
 
+def golden_tokenizer(case):
+    return Tokenizer(goldens.checkpoint(case.pack).path("sparrow"))
+
+
 @goldens.parametrize_cases()
-def test_prompt_parts_equal_the_original(case):
-    before, between, behind = prompt_parts(Tokenizer(goldens.checkpoint(case.pack).path("sparrow")), case.meta["prompt"], with_targets=False)
-    visual = [IMAGE_PLACEHOLDER] * (16 if case.is_video else 1)
-    assert [*before, *visual, *between, *behind] == case.expected["prompt_ids"].ravel().tolist()
-    assert not behind
+def test_prompt_ids_equal_the_original(case):
+    ids = case.expected["prompt_ids"].ravel().tolist()
+    first, count = ids.index(VISUAL_PLACEHOLDER), 16 if case.is_video else 1
+    assert ids[first : first + count] == [VISUAL_PLACEHOLDER] * count  # ours stands for all tokens of the clip
+    expected = ids[: first + 1] + ids[first + count :]
+    assert prompt_ids(golden_tokenizer(case), case.meta["prompt"], with_targets=False) == expected
 
 
-def test_prompt_parts_leave_room_for_target_tokens_behind_the_question(tokenizer):
-    before, between, behind = prompt_parts(tokenizer, "the dog", with_targets=True)
-    assert before == [tokenizer.bos_token_id, *tokenizer.encode(SYSTEM)]
-    assert between == tokenizer.encode("\nthe dog\n")
-    assert behind == tokenizer.encode(ASSISTANT)
+def test_prompt_ids_have_target_tokens_behind_the_question(tokenizer):
+    ids = prompt_ids(tokenizer, "the dog", with_targets=True)
+    before = [tokenizer.bos_token_id, *tokenizer.encode(SYSTEM)]
+    behind = tokenizer.encode(ASSISTANT)
+    assert ids == [*before, VISUAL_PLACEHOLDER, *tokenizer.encode("\nthe dog\n"), TARGET_PLACEHOLDER, *behind]
     # Spec 2: behind the target placeholders the piece starts directly with <|end|>; its newlines are swallowed.
     assert [tokenizer.added[id].content for id in behind] == ["<|end|>", "<|assistant|>"]
 
 
-def test_prompt_parts_are_refused_when_one_token_over_the_limit(tokenizer):
-    template = sum(map(len, prompt_parts(tokenizer, "a", with_targets=False))) - 1
+def test_placeholders_are_those_of_the_original():
+    assert (VISUAL_PLACEHOLDER, TARGET_PLACEHOLDER) == (-200, -201)  # spec 1.6
+
+
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_prompt_is_refused_when_one_token_over_the_limit(tokenizer, with_targets):
+    template = len(prompt_ids(tokenizer, "a", with_targets)) - 1
     longest = " ".join(["a"] * (settings.MAX_PROMPT_TOKENS - template))
-    assert sum(map(len, prompt_parts(tokenizer, longest, with_targets=False))) == settings.MAX_PROMPT_TOKENS
-    for with_targets in (False, True):
-        with pytest.raises(InvalidInput, match=r"sparrow.prompt: got 51\d tokens with the template, expected at most 512. Shorten it"):
-            prompt_parts(tokenizer, f"{longest} a", with_targets)
+    assert len(prompt_ids(tokenizer, longest, with_targets)) == settings.MAX_PROMPT_TOKENS
+    with pytest.raises(InvalidInput, match=r"sparrow.prompt: got 513 tokens with the template, expected at most 512. Shorten it"):
+        prompt_ids(tokenizer, f"{longest} a", with_targets)
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "\n\t "])
