@@ -7,12 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from tritonclient.utils import InferenceServerException
-
 import sparrow_client
-from ensemble import errors, masks
-from ensemble.components import components
-from ensemble.config import FULL
 from sparrow_client import (
     CapacityExceeded,
     InvalidInput,
@@ -26,6 +21,11 @@ from sparrow_client import (
     _types,
 )
 from sparrow_client._errors import error_from_triton
+from tritonclient.utils import InferenceServerException
+
+from ensemble import errors, masks
+from ensemble.components import components
+from ensemble.config import FULL
 
 FRAMES = np.zeros((2, 16, 24, 3), np.uint8)
 TIMEOUT_S = 0.4
@@ -58,7 +58,10 @@ def test_stack_frames_takes_an_array_or_a_list_of_frames():
     [
         ([], "sparrow.frames: got 0 frames, expected 1 or more. Send the frames of the clip."),
         (FRAMES[:0], "sparrow.frames: got 0 frames, expected 1 or more. Send the frames of the clip."),
-        ([FRAMES[0], FRAMES[1, 1:]], "sparrow.frames: got frames of sizes [(16, 24, 3), (15, 24, 3)], expected one size. Resize them."),
+        (
+            [FRAMES[0], FRAMES[1, 1:]],
+            "sparrow.frames: got frames of sizes [(16, 24, 3), (15, 24, 3)], expected one size. Resize them.",
+        ),
     ],
 )
 def test_stack_frames_refuses_no_frames_and_frames_of_several_sizes(frames, message):
@@ -77,7 +80,11 @@ def test_tensors_are_sent_as_they_are():
 
 @pytest.mark.parametrize(
     ("model", "name", "dtype", "expected"),
-    [("sparrow", "frames", "float32", "UINT8"), ("sparrow", "target_crop", "int64", "UINT8"), ("sparrow_track", "boxes", "float64", "FP32")],
+    [
+        ("sparrow", "frames", "float32", "UINT8"),
+        ("sparrow", "target_crop", "int64", "UINT8"),
+        ("sparrow_track", "boxes", "float64", "FP32"),
+    ],
 )
 def test_tensor_of_another_dtype_is_refused_before_it_is_sent(model, name, dtype, expected):
     with pytest.raises(InvalidInput) as refused:
@@ -145,7 +152,11 @@ def test_errors_of_the_server_keep_their_kind_and_words(server_error, kind, arou
 @pytest.mark.parametrize(
     ("message", "kind", "advice"),
     [
-        ("failed to connect to all addresses; Connection refused", ServerUnavailable, "Is `sparrow serve` running at that address?"),
+        (
+            "failed to connect to all addresses; Connection refused",
+            ServerUnavailable,
+            "Is `sparrow serve` running at that address?",
+        ),
         ("errors resolving nowhere:1: Domain name not found", ServerUnavailable, "Is `sparrow serve` running at that address?"),
         ("Deadline Exceeded", ServerUnavailable, "Is `sparrow serve` running at that address?"),
         ("sequence 5 of model 'tracker' must specify the START flag on the first request", UnknownSession, "open a new one."),
@@ -191,7 +202,10 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_server_is_unavailable_within_the_timeout_when_nobody_answers(request, call, port):
     began = time.monotonic()
-    with SparrowClient(f"127.0.0.1:{request.getfixturevalue(port)}", timeout_s=TIMEOUT_S) as client, pytest.raises(ServerUnavailable) as error:
+    with (
+        SparrowClient(f"127.0.0.1:{request.getfixturevalue(port)}", timeout_s=TIMEOUT_S) as client,
+        pytest.raises(ServerUnavailable) as error,
+    ):
         call(client)
     assert time.monotonic() - began < 3 * TIMEOUT_S
     assert error.value.model_name in ("sparrow", "sparrow_track")
@@ -206,7 +220,10 @@ def test_client_is_not_ready_when_nobody_answers(request, port):
 
 @pytest.mark.parametrize("options", [{"branch": None}, {"max_new_tokens": [1]}, {"max_new_tokens": np.int64(3)}, {"timeout": 5}])
 def test_option_that_cannot_be_sent_is_refused_at_once(silent_port, options):
-    with SparrowClient(f"127.0.0.1:{silent_port}", timeout_s=60) as client, pytest.raises(InvalidInput, match=f'"{next(iter(options))}"'):
+    with (
+        SparrowClient(f"127.0.0.1:{silent_port}", timeout_s=60) as client,
+        pytest.raises(InvalidInput, match=f'"{next(iter(options))}"'),
+    ):
         client.segment(FRAMES, "Where is it?", **options)
 
 

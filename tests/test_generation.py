@@ -195,7 +195,8 @@ def test_slots_are_used_again_after_end():
     assert isinstance(refused, CapacityExceeded)
     assert len(going_on["token_ids"]) == 1
 
-    model.step([more(3, end=True), closing(6)])
+    last, _ = model.step([more(3, end=True), closing(6)])
+    assert last["token_ids"].tolist() == STORIES[3][1:2]
     assert len(model.sessions) == settings.MAX_GENERATIONS - 2
     model.step([start(99, 0), start(98, 1)])
     assert [slot for slot, _ in decoder.prompts[-2:]] == [2, 5]
@@ -218,10 +219,22 @@ def ids(*values):
 
 BAD_REQUESTS = {
     "no prompt": (start(9, prompt_ids=None), InvalidInput, "language_model: got START without prompt_ids and visual_tokens"),
-    "no visual tokens": (start(9, visual_tokens=None), InvalidInput, "language_model: got START without prompt_ids and visual_tokens"),
+    "no visual tokens": (
+        start(9, visual_tokens=None),
+        InvalidInput,
+        "language_model: got START without prompt_ids and visual_tokens",
+    ),
     "no such word": (start(9, prompt_ids=ids(1, 525)), InvalidInput, r"prompt_ids: got values 1..525, expected -201..524"),
-    "no such placeholder": (start(9, prompt_ids=ids(1, -202)), InvalidInput, r"prompt_ids: got values -202..1, expected -201..524"),
-    "longer than the cache": (start(9, num_visual=TINY.max_sequence - 3), InvalidInput, "language_model: got 2053 tokens, expected at most 2052"),
+    "no such placeholder": (
+        start(9, prompt_ids=ids(1, -202)),
+        InvalidInput,
+        r"prompt_ids: got values -202..1, expected -201..524",
+    ),
+    "longer than the cache": (
+        start(9, num_visual=TINY.max_sequence - 3),
+        InvalidInput,
+        "language_model: got 2053 tokens, expected at most 2052",
+    ),
     "wrong width": (start(9, visual_tokens=np.zeros((3, 7), np.float32)), InvalidInput, r"visual_tokens: got \[3, 7\] float32"),
     "negative count": (start(9, num_tokens=-1), InvalidInput, "num_tokens: got values -1..-1, expected 0..1024"),
     "not open": (more(9), UnknownSession, "language_model: session 9 is not open"),
@@ -306,7 +319,10 @@ def told(tokenizer, token_ids, size=1):
     groups = [token_ids[first : first + size] for first in range(0, len(token_ids), size)]
     embeddings = [np.stack([state_of(id, 0)[: TINY.sam2.width] for id in group]) for group in groups]
     last = len(groups) - 1
-    return answer, [answer.accept(np.array(group), rows, index == last) for index, (group, rows) in enumerate(zip(groups, embeddings, strict=True))]
+    return answer, [
+        answer.accept(np.array(group), rows, index == last)
+        for index, (group, rows) in enumerate(zip(groups, embeddings, strict=True))
+    ]
 
 
 def test_text_pieces_are_whole_characters_and_add_up_when_tokens_come_one_by_one(tokenizer):

@@ -38,18 +38,20 @@ class Rule:
 COMMAND_LINE = frozenset({"av", "click", "PIL", "pycocotools", "tqdm"})
 RULES = {
     "ensemble": Rule(
-        advice="ensemble says what runs and is imported by every process: what builds or loads engines goes to export/, what needs a "
-        "server to client/",
+        advice="ensemble says what runs and is imported by every process: what builds or loads engines goes to export/, "
+        "what calls a server to client/",
         ours=frozenset({RELATIVE}),
         third_party=frozenset({"numpy", "PIL", "cv2", "sentencepiece", "pycocotools"}),
         files={"backend.py": frozenset({"triton_python_backend_utils"})},
     ),
     "export": Rule(
-        advice="export builds from ensemble: what the server needs while it runs goes to ensemble/, what calls a server to client/; heavy "
-        "packages are imported by the function that needs them",
+        advice="export builds from ensemble: what the server needs while it runs goes to ensemble/, what calls a server to "
+        "client/; heavy packages are imported by the function that needs them",
         ours=frozenset({RELATIVE, "ensemble"}),
         third_party=None,
-        late=frozenset({"av", "onnx", "onnxruntime", "onnxscript", "safetensors", "sentencepiece", "tensorrt", "torch", "tritonclient"}),
+        late=frozenset(
+            {"av", "onnx", "onnxruntime", "onnxscript", "safetensors", "sentencepiece", "tensorrt", "torch", "tritonclient"}
+        ),
         early={"checkpoints.py": frozenset({"torch", "safetensors"}), "models/*.py": frozenset({"torch"})},
     ),
     "model_repository": Rule(
@@ -65,7 +67,7 @@ RULES = {
         files=dict.fromkeys(("cli.py", "segment.py", "_media.py", "_overlay.py"), COMMAND_LINE),
     ),
     "benchmarks": Rule(
-        advice="benchmarks measures what users see: it calls the server through sparrow_client; what it wants from export belongs there",
+        advice="benchmarks measures what users see through sparrow_client: what it wants from export belongs there",
         ours=frozenset({RELATIVE, "ensemble", "sparrow_client"}),
         third_party=None,
     ),
@@ -107,7 +109,9 @@ def problems(folder: str, file: Path, source: str) -> list[str]:
         else:
             allowed = rule.third_party is None or package in rule.third_party | more
         if not allowed or (package in rule.late - early and not late):
-            found.append(f"{folder}/{file}:{line} imports {module}{'' if not allowed else ' at the top'}. Move it: {rule.advice}.")
+            found.append(
+                f"{folder}/{file}:{line} imports {module}{'' if not allowed else ' at the top'}. Move it: {rule.advice}."
+            )
     return found
 
 
@@ -163,7 +167,11 @@ def test_rules_catch_an_import_in_the_wrong_place(folder, file, source):
     [
         ("ensemble", "backend.py", "from __future__ import annotations\nimport json\nimport triton_python_backend_utils"),
         ("ensemble", "masks.py", "from .errors import InvalidInput\nfrom pycocotools import mask"),
-        ("export", "to_onnx.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import onnx"),
+        (
+            "export",
+            "to_onnx.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import onnx",
+        ),
         ("export", "models/hiera.py", "import torch.nn.functional as F\nfrom ensemble.config import HieraConfig"),
         ("model_repository", "tracker/1/model.py", "from export.runners import open_graph\nfrom ensemble.backend import Model"),
         ("client", "segment.py", "import click\nfrom ._client import SparrowClient\nimport numpy"),

@@ -10,7 +10,9 @@ from ensemble.errors import InvalidInput
 @pytest.mark.parametrize(("height", "width"), [(480, 854), (64, 64), (33, 17), (8, 301), (1, 1)])
 def test_resize_equals_torch_up_and_down(height, width):
     maps = np.random.default_rng(0).standard_normal((3, 64, 64)).astype(np.float32) * 10
-    expected = torch.nn.functional.interpolate(torch.from_numpy(maps)[None], (height, width), mode="bilinear", align_corners=False)[0]
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(maps)[None], (height, width), mode="bilinear", align_corners=False
+    )[0]
     # OpenCV rounds source positions differently in the last bits of float32; logits of about 10 move by this much.
     np.testing.assert_allclose(masks.resize(maps, height, width), expected.numpy(), atol=2e-3)
 
@@ -28,12 +30,15 @@ def test_binary_masks_hold_what_is_above_zero_after_resizing():
     assert not masks.binary_masks(np.zeros((1, 4, 4), np.float32), 8, 8).any()
 
 
-def test_prior_masks_binarise_at_the_frame_size_first():
-    logits = np.full((1, 4, 4), -0.1, np.float32)
-    logits[0, 0, 0] = 100  # resized directly, this peak would fill far more than its own corner
-    frame = torch.from_numpy(masks.binary_masks(logits, 16, 16)).float()[None]
-    expected = torch.nn.functional.interpolate(frame, (8, 8), mode="bilinear", align_corners=False)[0] > 0.5
-    np.testing.assert_array_equal(masks.prior_masks(logits, 16, 16, 8), expected.numpy())
+def test_prior_masks_binarise_at_the_frame_size_first_and_again_at_half():
+    logits = np.random.default_rng(0).standard_normal((2, 16, 16)).astype(np.float32)
+    logits[:, ::4] *= 100  # resized directly, such peaks would spread
+    frame = torch.from_numpy(masks.binary_masks(logits, 40, 30)).float()[None]
+    expected = torch.nn.functional.interpolate(frame, (24, 24), mode="bilinear", align_corners=False)[0]
+    clear = abs(expected.numpy() - 0.5) > 1e-3
+    got = masks.prior_masks(logits, 40, 30, 24)
+    np.testing.assert_array_equal(got[clear], expected.numpy()[clear] > 0.5)
+    assert (got != masks.binary_masks(logits, 24, 24)).any()
 
 
 def responded(chosen, scores=None, **parameters):

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-
 from sparrow_client import _media
 from sparrow_client._media import MediaError, read_image, read_media, sample_stride
+
 from tests import goldens
 
 HORSE_JUMP = goldens.ROOT.parent / "assets" / "horse_jump.mp4"
@@ -29,7 +29,7 @@ def number(frame):
 
 
 def write_video(path, num_frames, fps, draw=numbered, times_ms=None, rotation=0):
-    """H.264; `times_ms` gives every frame its own time, `rotation` (degrees, counterclockwise) says how players should turn it."""
+    """H.264; `times_ms` gives every frame its own time, `rotation` is how players should turn it (degrees, counterclockwise)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = *draw(0).shape[:2], "yuv420p"
@@ -49,7 +49,11 @@ def write_video(path, num_frames, fps, draw=numbered, times_ms=None, rotation=0)
 def sampled(num_frames, fps):
     """Which source frames the original takes, word for word from spec 1.1."""
     indices = [index for index in range(num_frames) if index % round(fps / 1) == 0]
-    return indices if len(indices) <= 64 else [indices[int(position)] for position in np.linspace(0, len(indices) - 1, 64, dtype=int)]
+    return (
+        indices
+        if len(indices) <= 64
+        else [indices[int(position)] for position in np.linspace(0, len(indices) - 1, 64, dtype=int)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,9 @@ def test_video_is_sampled_as_the_original_does(tmp_path, fps, num_frames, stride
     assert media.fps == pytest.approx(float(fps) / stride)
 
 
-@pytest.mark.parametrize(("fps", "stride"), [(0.6, 1), (1.5, 2), (2.5, 2), (3.5, 4), (12.5, 12), (13.5, 14), (29.97, 30), (60, 60)])
+@pytest.mark.parametrize(
+    ("fps", "stride"), [(0.6, 1), (1.5, 2), (2.5, 2), (3.5, 4), (12.5, 12), (13.5, 14), (29.97, 30), (60, 60)]
+)
 def test_stride_is_the_rate_rounded_half_to_even(tmp_path, fps, stride):
     assert sample_stride(tmp_path, Fraction(fps).limit_denominator(1001), 1) == stride
 
@@ -93,7 +99,9 @@ def test_video_can_be_sampled_at_another_rate(tmp_path):
 @pytest.mark.parametrize("fps", [0.4, 0.5])
 def test_video_is_refused_when_it_is_slower_than_the_sampling(tmp_path, fps):
     path = write_video(tmp_path / "slow.mp4", 5, fps)
-    with pytest.raises(MediaError, match=rf"slow.mp4: {fps} frames per second, expected more than 0.5. Take all with --sample-fps {fps}"):
+    with pytest.raises(
+        MediaError, match=rf"slow.mp4: {fps} frames per second, expected more than 0.5. Take all with --sample-fps {fps}"
+    ):
         read_media(path)
     assert len(read_media(path, sample_fps=fps).frames) == 5
 
@@ -109,7 +117,7 @@ def test_video_with_uneven_times_is_sampled_by_its_average_rate(tmp_path):
 
 def test_video_without_a_frame_rate_is_refused(tmp_path):
     for fps in (None, Fraction(0)):
-        with pytest.raises(MediaError, match="clip: the file names no frame rate. Convert it"):
+        with pytest.raises(MediaError, match=r"clip: the file names no frame rate. Convert it"):
             sample_stride(tmp_path / "clip", fps, 1)
 
 
@@ -151,7 +159,7 @@ def test_portrait_video_of_a_phone_comes_out_upright(tmp_path):
 
 
 def test_video_is_refused_when_it_has_a_single_frame(tmp_path):
-    with pytest.raises(MediaError, match="one.mp4: a video of 1 frames, expected 2 or more. Save a single frame as PNG"):
+    with pytest.raises(MediaError, match=r"one.mp4: a video of 1 frames, expected 2 or more. Save a single frame as PNG"):
         read_media(write_video(tmp_path / "one.mp4", 1, 10))
 
 
@@ -159,7 +167,7 @@ def test_file_is_refused_when_it_holds_no_video(tmp_path):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(1600))
-    with pytest.raises(MediaError, match="sound.wav: no video in the file. Name a video or a picture"):
+    with pytest.raises(MediaError, match=r"sound.wav: no video in the file. Name a video or a picture"):
         read_media(tmp_path / "sound.wav")
 
 
@@ -236,7 +244,7 @@ def test_picture_is_refused_when_it_is_not_readable(tmp_path, content):
 def test_picture_is_refused_when_it_is_cut_off(tmp_path):
     Image.fromarray(PICTURE).resize((300, 200)).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
-    with pytest.raises(MediaError, match="cut.jpg: not a readable picture"):
+    with pytest.raises(MediaError, match=r"cut.jpg: not a readable picture"):
         read_media(tmp_path / "cut.jpg")
 
 
@@ -259,7 +267,7 @@ def test_folder_takes_as_many_frames_as_a_clip_may_have_and_no_more(tmp_path):
     names = [f"{index:05d}.png" for index in range(_media.MAX_FRAMES)]
     assert len(read_media(write_folder(tmp_path / "frames", *names)).frames) == 64
     write_folder(tmp_path / "frames", "one_more.png")
-    with pytest.raises(MediaError, match="frames: 65 frames, expected at most 64. Take a part of them"):
+    with pytest.raises(MediaError, match=r"frames: 65 frames, expected at most 64. Take a part of them"):
         read_media(tmp_path / "frames")
 
 
@@ -271,14 +279,14 @@ def test_folder_is_refused_when_frames_differ_in_size(tmp_path):
 
 
 def test_folder_is_refused_when_it_holds_no_pictures(tmp_path):
-    with pytest.raises(MediaError, match="no .jpg, .jpeg, .png files in the folder. Name a folder of frames"):
+    with pytest.raises(MediaError, match=r"no .jpg, .jpeg, .png files in the folder. Name a folder of frames"):
         read_media(tmp_path)
 
 
 def test_folder_is_refused_when_one_frame_is_not_readable(tmp_path):
     write_folder(tmp_path / "frames", "a.png")
     (tmp_path / "frames" / "b.png").write_bytes(b"")
-    with pytest.raises(MediaError, match="b.png: not a readable picture"):
+    with pytest.raises(MediaError, match=r"b.png: not a readable picture"):
         read_media(tmp_path / "frames")
 
 

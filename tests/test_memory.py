@@ -44,7 +44,9 @@ def test_temporal_rows_equal_a_simulation_that_keeps_every_frame():
 def frame_memory(frame_idx, num_objects=2):
     """Maps [O, 3, 2, 2] and pointers [O, 5] that tell their frame and object."""
     value = np.float32(frame_idx) + np.arange(num_objects, dtype=np.float32) / 10
-    return np.broadcast_to(value[:, None, None, None], (num_objects, 3, 2, 2)).copy(), np.broadcast_to(-value[:, None], (num_objects, 5)).copy()
+    return np.broadcast_to(value[:, None, None, None], (num_objects, 3, 2, 2)).copy(), np.broadcast_to(
+        -value[:, None], (num_objects, 5)
+    ).copy()
 
 
 def test_bank_holds_the_conditioning_frame_and_the_latest_frames_of_every_object():

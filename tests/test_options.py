@@ -28,7 +28,11 @@ ACCEPTED = [
 ]
 REFUSED = [
     *((name, value) for name in CHOICES for value in ("", "other", "RLE", 1, True, None)),
-    *((name, value) for name, (kind, low, high) in NUMBERS.items() for value in (low - 1, high + 1, low - kind(1), True, False, "1", None)),
+    *(
+        (name, value)
+        for name, (kind, low, high) in NUMBERS.items()
+        for value in (low - 1, high + 1, low - kind(1), True, False, "1", None)
+    ),
     *((name, value) for name in NUMBERS for value in (float("nan"), float("inf"))),
     *((name, 2.0) for name, (kind, *_) in NUMBERS.items() if kind is int),
     *((name, value) for name in SWITCHES for value in (0, 1, 1.0, "true", None)),
@@ -38,10 +42,20 @@ REFUSED = [
 def test_defaults_are_those_of_the_original():
     options = Options.from_parameters({})
     assert options == Options()
-    assert (options.modality, options.branch, options.video_init, options.mask_format) == ("auto", "tracked", "text_then_boxes", "rle")
+    assert (options.modality, options.branch, options.video_init, options.mask_format) == (
+        "auto",
+        "tracked",
+        "text_then_boxes",
+        "rle",
+    )
     assert options.detection_guidance and options.roi_helper and options.box_prior_filter
     # spec 9: --max_new_tokens, --proposal_score_threshold, --box_prior_min_score, --box_prior_max_keep
-    assert (options.max_new_tokens, options.selection_threshold, options.box_prior_min_score, options.box_prior_max_keep) == (1024, 0.4, 0.35, 4)
+    assert (options.max_new_tokens, options.selection_threshold, options.box_prior_min_score, options.box_prior_max_keep) == (
+        1024,
+        0.4,
+        0.35,
+        4,
+    )
 
 
 def test_every_option_is_covered_here():
@@ -77,10 +91,17 @@ def test_refusal_says_what_is_expected(parameters, message):
 
 
 def test_unknown_option_is_refused_with_the_list_of_options():
-    with pytest.raises(InvalidInput, match="sparrow: got an option 'beams', expected one of modality, branch, .*, box_prior_max_keep. Remove it"):
+    with pytest.raises(
+        InvalidInput, match=r"sparrow: got an option 'beams', expected one of modality, branch, .*, box_prior_max_keep. Remove it"
+    ):
         Options.from_parameters({"branch": "tracked", "beams": 4})
 
 
 def test_options_combine():
     options = Options.from_parameters({"branch": "framewise", "box_prior_max_keep": 1, "roi_helper": False})
-    assert (options.branch, options.box_prior_max_keep, options.roi_helper, options.max_new_tokens) == ("framewise", 1, False, 1024)
+    assert (options.branch, options.box_prior_max_keep, options.roi_helper, options.max_new_tokens) == (
+        "framewise",
+        1,
+        False,
+        1024,
+    )

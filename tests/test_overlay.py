@@ -2,7 +2,6 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-
 from sparrow_client._overlay import COLOURS, blend, write_picture, write_video
 
 

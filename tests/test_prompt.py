@@ -53,11 +53,13 @@ def test_prompt_is_refused_when_one_token_over_the_limit(tokenizer, with_targets
 
 @pytest.mark.parametrize("prompt", ["", " ", "\n\t "])
 def test_check_prompt_refuses_an_empty_text(prompt):
-    with pytest.raises(InvalidInput, match="sparrow.prompt: got an empty text, expected a question"):
+    with pytest.raises(InvalidInput, match=r"sparrow.prompt: got an empty text, expected a question"):
         check_prompt(prompt)
 
 
-@pytest.mark.parametrize("literal", ["<image>", "<video>", "<tsf>", "[SEG]", "[BOX]", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|x|>"])
+@pytest.mark.parametrize(
+    "literal", ["<image>", "<video>", "<tsf>", "[SEG]", "[BOX]", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|x|>"]
+)
 def test_check_prompt_refuses_markup_and_names_it(literal):
     with pytest.raises(InvalidInput) as refused:
         check_prompt(f"Please segment{literal}the dog.")

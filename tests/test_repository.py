@@ -8,7 +8,7 @@ from ensemble.config import FULL, PRESETS
 from ensemble.graph import PUBLIC, ensemble_steps, served
 from ensemble.tensors import Dim
 from export import generate
-from export.to_repository import SOURCE, load_config, write_configs
+from export.to_repository import SOURCE, write_configs
 
 MODELS = [contract.name for contract in served(components(FULL))]
 ENSEMBLES = [name for name in MODELS if components(FULL)[name].serving == "ensemble"]
@@ -123,7 +123,7 @@ def test_tracker_gets_everything_that_a_frame_may_bring(preset):
 def test_ensemble_is_refused_when_a_step_lacks_an_input_or_nobody_gives_an_output():
     contracts = components(FULL)
     lacking = {**contracts, "frame_preprocessor": contracts["mask_decoder"]}
-    with pytest.raises(ValueError, match="sparrow_track: nobody provides image_embeddings, .* of mask_decoder"):
+    with pytest.raises(ValueError, match=r"sparrow_track: nobody provides image_embeddings, .* of mask_decoder"):
         ensemble_steps(lacking, "sparrow_track")
     silent = {**contracts, "tracker": contracts["frame_encoder"]}
     with pytest.raises(ValueError, match="sparrow_track: no step provides the output mask_rle, mask_bits"):
@@ -162,9 +162,3 @@ def test_readme_lists_every_tensor_of_every_model():
     for contract in served(components(FULL)):
         for spec in (*contract.inputs, *contract.outputs):
             assert f"| `{spec.name}`{' (optional)' if spec.optional else ''} | {spec} |" in sections[contract.name]
-
-
-def test_sizes_of_a_written_repository_can_be_read_back(tmp_path):
-    (tmp_path / "sparrow" / "1").mkdir(parents=True)
-    (tmp_path / "sparrow" / "1" / "config.json").write_text(FULL.to_json())
-    assert load_config(tmp_path) == FULL

@@ -1,4 +1,5 @@
 import json
+from typing import Any, ClassVar
 
 import av
 import numpy as np
@@ -6,22 +7,41 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from pycocotools import mask as coco
-
-from sparrow_client import Answer, CapacityExceeded, FrameMasks, InvalidInput, Objects, ServerUnavailable, Summary, TextPiece, TrackedObject
+from sparrow_client import (
+    Answer,
+    CapacityExceeded,
+    FrameMasks,
+    InvalidInput,
+    Objects,
+    ServerUnavailable,
+    Summary,
+    TextPiece,
+    TrackedObject,
+)
 from sparrow_client import segment as cli
 
 HEIGHT, WIDTH = 24, 33
-FIELDS = {"answer": "the disc [SEG] é", "branch": "tracked", "video_init": "text_only", "timings_ms": {"total": 12.3}, "num_frames": 2}
+FIELDS = {
+    "answer": "the disc [SEG] é",
+    "branch": "tracked",
+    "video_init": "text_only",
+    "timings_ms": {"total": 12.3},
+    "num_frames": 2,
+}
 
 
 def answer_for(num_frames, phrases):
     """What a server might say: noise for masks, a few boxes."""
     rng = np.random.default_rng(0)
     boxes = rng.random((3, 4)).astype(np.float32)
-    objects = [TrackedObject(phrase, np.zeros(4, np.float32), boxes[index:], boxes[: index + 1]) for index, phrase in enumerate(phrases)]
+    objects = [
+        TrackedObject(phrase, np.zeros(4, np.float32), boxes[index:], boxes[: index + 1]) for index, phrase in enumerate(phrases)
+    ]
     numbers = rng.random((num_frames, len(phrases))).astype(np.float32)
     frames = [
-        FrameMasks(index, rng.random((len(phrases), HEIGHT, WIDTH)) < 0.4, numbers[index], numbers[index] - 0.5, numbers[index] > 0.5)
+        FrameMasks(
+            index, rng.random((len(phrases), HEIGHT, WIDTH)) < 0.4, numbers[index], numbers[index] - 0.5, numbers[index] > 0.5
+        )
         for index in range(num_frames)
     ]
     return Answer(Summary(FIELDS["answer"], "tracked", "text_only", FIELDS["timings_ms"], FIELDS), objects, frames)
@@ -32,7 +52,7 @@ class FakeClient:
 
     phrases = ("the disc", "a square")
     failure = None
-    calls = []
+    calls: ClassVar[list[dict[str, Any]]] = []
 
     def __init__(self, url, *, timeout_s):
         self.url, self.timeout_s, self.is_open = url, timeout_s, False
@@ -201,10 +221,37 @@ def test_defaults_are_sent_to_the_local_server(client, clip, tmp_path):
 def test_options_are_sent_on(client, clip, tmp_path):
     (tmp_path / "boxes.txt").write_text("1, 2, 3, 4, 99\n\n5 6\t7 8.5\n")
     Image.new("RGB", (5, 4), (1, 2, 3)).save(tmp_path / "crop.png")
-    options = ("--server", "host:1", "--branch", "framewise", "--video-init", "text_only", "--max-new-tokens", 5, "--timeout", 2.5)
-    succeed(clip, "the disc?", "-o", tmp_path / "out", *options, "--target-boxes", tmp_path / "boxes.txt", "--target-crop", tmp_path / "crop.png")
+    options = (
+        "--server",
+        "host:1",
+        "--branch",
+        "framewise",
+        "--video-init",
+        "text_only",
+        "--max-new-tokens",
+        5,
+        "--timeout",
+        2.5,
+    )
+    succeed(
+        clip,
+        "the disc?",
+        "-o",
+        tmp_path / "out",
+        *options,
+        "--target-boxes",
+        tmp_path / "boxes.txt",
+        "--target-crop",
+        tmp_path / "crop.png",
+    )
     (call,) = client.calls
-    assert (call["url"], call["timeout_s"], call["branch"], call["video_init"], call["max_new_tokens"]) == ("host:1", 2.5, "framewise", "text_only", 5)
+    assert (call["url"], call["timeout_s"], call["branch"], call["video_init"], call["max_new_tokens"]) == (
+        "host:1",
+        2.5,
+        "framewise",
+        "text_only",
+        5,
+    )
     assert call["target_boxes"].dtype == np.float32
     assert call["target_boxes"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8.5]]
     assert call["target_crop"].shape == (4, 5, 3)
@@ -236,7 +283,10 @@ def test_folder_with_other_files_is_refused_and_left_alone(client, clip, tmp_pat
 
 def test_file_is_refused_as_folder(client, clip, tmp_path):
     (tmp_path / "out").write_text("mine")
-    assert fail(clip, "the disc?", "-o", tmp_path / "out") == f"Error: {tmp_path / 'out'}: a file, expected a folder. Choose another."
+    assert (
+        fail(clip, "the disc?", "-o", tmp_path / "out")
+        == f"Error: {tmp_path / 'out'}: a file, expected a folder. Choose another."
+    )
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -258,8 +308,13 @@ def test_failure_of_the_server_is_one_line_and_keeps_the_earlier_result(client, 
 
 def test_bad_input_is_one_line_and_makes_no_folder(client, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"no video")
-    assert fail(tmp_path / "clip.mp4", "the disc?", "-o", tmp_path / "out").startswith(f"Error: {tmp_path / 'clip.mp4'}: not a readable video")
-    assert fail(tmp_path / "gone.mp4", "the disc?", "-o", tmp_path / "out") == f"Error: {tmp_path / 'gone.mp4'}: no such file. Check the path."
+    assert fail(tmp_path / "clip.mp4", "the disc?", "-o", tmp_path / "out").startswith(
+        f"Error: {tmp_path / 'clip.mp4'}: not a readable video"
+    )
+    assert (
+        fail(tmp_path / "gone.mp4", "the disc?", "-o", tmp_path / "out")
+        == f"Error: {tmp_path / 'gone.mp4'}: no such file. Check the path."
+    )
     assert not (tmp_path / "out").exists()
     assert not client.calls
 
@@ -273,7 +328,10 @@ def test_bad_boxes_are_one_line(client, clip, tmp_path, content):
     assert not client.calls
 
 
-@pytest.mark.parametrize("options", [("--branch", "both"), ("--video-init", "boxes"), ("--sample-fps", "0"), ("--sample-fps", "-1"), ("--timeout", "x")])
+@pytest.mark.parametrize(
+    "options",
+    [("--branch", "both"), ("--video-init", "boxes"), ("--sample-fps", "0"), ("--sample-fps", "-1"), ("--timeout", "x")],
+)
 def test_option_out_of_range_is_a_usage_error(client, clip, tmp_path, options):
     assert f"Invalid value for '{options[0]}'" in fail(clip, "the disc?", "-o", tmp_path / "out", *options, status=2)
 

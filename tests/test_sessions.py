@@ -44,7 +44,7 @@ def test_store_replaces_a_session_that_starts_again_even_when_full(store):
 def test_store_refuses_a_session_when_full_and_says_what_to_do(store):
     store.open(1, "a")
     store.open(2, "b")
-    with pytest.raises(CapacityExceeded, match="tracker: got session 3, but all 2 are in use. Retry when one has ended"):
+    with pytest.raises(CapacityExceeded, match=r"tracker: got session 3, but all 2 are in use. Retry when one has ended"):
         store.open(3, "c")
     assert (store.get(1), store.get(2), len(store)) == ("a", "b", 2)
     store.close(1)
@@ -58,7 +58,9 @@ def test_session_expires_when_idle_for_longer_than_allowed(store, clock):
     clock.now += 60
     assert store.get(1) == "a"
     clock.now += 60.1
-    with pytest.raises(UnknownSession, match="tracker: session 1 is not open: .* was idle for over 60 s. Start it again with START"):
+    with pytest.raises(
+        UnknownSession, match=r"tracker: session 1 is not open: .* was idle for over 60 s. Start it again with START"
+    ):
         store.get(1)
     assert len(store) == 0
 

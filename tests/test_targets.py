@@ -15,7 +15,10 @@ def slow_centres(samples, k, steps):
         members = [[] for _ in centres]
         for sample in samples:
             members[min(range(k), key=lambda index: math.dist(sample, centres[index]))].append(sample)
-        moved = [[sum(axis) / len(own) for axis in zip(*own, strict=True)] if own else centre for own, centre in zip(members, centres, strict=True)]
+        moved = [
+            [sum(axis) / len(own) for axis in zip(*own, strict=True)] if own else centre
+            for own, centre in zip(members, centres, strict=True)
+        ]
         pairs = [pair for rows in zip(moved, centres, strict=True) for pair in zip(*rows, strict=True)]
         centres = moved
         if all(abs(new - old) <= 1e-4 + 1e-4 * abs(old) for new, old in pairs):
@@ -70,6 +73,8 @@ XYXY_ONLY, XYWH_ONLY, EITHER, NEITHER = [60, 40, 90, 50], [60, 40, 20, 10], [1, 
         ([XYXY_ONLY, XYWH_ONLY, XYWH_ONLY], False),
         ([[0, 0, 100, 60]], False),  # the whole frame, edges included, fits both ways
         ([[1, 0, 100, 60]], True),
+        ([[60, 40, 90, 61], [60, 40, 101, 50], [10, 10, 20, 20]], False),  # the first two leave the frame either way
+        ([XYXY_ONLY, [60, 40, 20, 0], [60, 40, -5, 10]], True),  # a side has to be positive
     ],
 )
 def test_boxes_are_read_the_way_that_most_rows_fit_the_frame(rows, as_xyxy):
@@ -114,5 +119,5 @@ def test_crops_stay_in_the_frame_and_have_at_least_a_pixel(row, first, last):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_crops_are_refused_when_a_number_is_not_finite(value):
-    with pytest.raises(InvalidInput, match="sparrow.target_boxes: got a value that is not finite"):
+    with pytest.raises(InvalidInput, match=r"sparrow.target_boxes: got a value that is not finite"):
         crop_targets(numbered_frames(1), np.float32([[0, 0, 10, value]]))

@@ -40,7 +40,7 @@ def test_tensor_spec_reads_as_shape_and_dtype():
     assert str(spec) == "[rows 1..4, columns 0..5, 2] float32"
     assert spec.dims() == [-1, -1, 2]
     assert spec.triton_dtype == "TYPE_FP32"
-    assert PICKER.input("label").numpy_dtype == object
+    assert PICKER.input("label").numpy_dtype == np.dtype(object)
 
 
 def test_component_finds_its_tensors_and_dims_by_name():
@@ -59,7 +59,9 @@ def test_sample_satisfies_the_contract_at_every_size(contract, size):
     sizes = {name: min(getattr(dim, size), max(dim.min, 64)) for name, dim in dims.items()}
     arrays = contract.sample(seed=1, **sizes)
     contract.check_inputs(arrays)
-    shapes = {spec.name: tuple(sizes[dim.name] if isinstance(dim, Dim) else dim for dim in spec.shape) for spec in contract.inputs}
+    shapes = {
+        spec.name: tuple(sizes[dim.name] if isinstance(dim, Dim) else dim for dim in spec.shape) for spec in contract.inputs
+    }
     assert {name: array.shape for name, array in arrays.items()} == shapes
     assert list(arrays) == [spec.name for spec in contract.inputs]
 
@@ -85,13 +87,22 @@ def broken(**changes):
     ("changes", "message"),
     [
         ({"values": None}, r"picker.values: got nothing, expected \[rows 1..4, columns 0..5, 2\] float32. Add it"),
-        ({"extra": np.zeros(1)}, r"picker: got an input 'extra', expected only flags, indices, label, level, values. Leave it out"),
-        ({"values": np.zeros((2, 3, 2))}, r"picker.values: got \[2, 3, 2\] float64, expected \[.*\] float32. What is picked from"),
+        (
+            {"extra": np.zeros(1)},
+            r"picker: got an input 'extra', expected only flags, indices, label, level, values. Leave it out",
+        ),
+        (
+            {"values": np.zeros((2, 3, 2))},
+            r"picker.values: got \[2, 3, 2\] float64, expected \[.*\] float32. What is picked from",
+        ),
         ({"values": np.zeros((2, 3), np.float32)}, r"picker.values: got \[2, 3\] float32, expected \[.*, 2\] float32"),
         ({"values": np.zeros((2, 3, 1), np.float32)}, r"picker.values: got \[2, 3, 1\] float32, expected \[.*, 2\] float32"),
         ({"values": np.zeros((5, 3, 2), np.float32)}, r"picker.values: got \[5, 3, 2\] float32, .* Keep rows within 1..4"),
         ({"values": np.zeros((0, 3, 2), np.float32)}, r"picker.values: got \[0, 3, 2\] float32, .* Keep rows within 1..4"),
-        ({"flags": np.zeros(3, bool)}, r"picker.flags: got \[3\] bool, expected rows = 2 as in values. Send the same number of rows"),
+        (
+            {"flags": np.zeros(3, bool)},
+            r"picker.flags: got \[3\] bool, expected rows = 2 as in values. Send the same number of rows",
+        ),
         ({"indices": np.array([0, 1, 2])}, r"picker.indices: got values 0..2, expected -1..1. Row of each pick"),
         ({"indices": np.array([0, 1, -2])}, r"picker.indices: got values -2..1, expected -1..1"),
         ({"level": np.array([10], np.int32)}, r"picker.level: got values 10..10, expected 0..9"),
@@ -106,7 +117,9 @@ def test_check_inputs_names_the_tensor_what_was_got_and_what_was_expected_when_t
 
 
 def test_check_inputs_takes_empty_tensors_and_missing_optional_ones():
-    PICKER.check_inputs(broken(label=None, level=None, values=np.zeros((1, 0, 2), np.float32), flags=np.ones(1, bool), indices=np.zeros(0, int)))
+    PICKER.check_inputs(
+        broken(label=None, level=None, values=np.zeros((1, 0, 2), np.float32), flags=np.ones(1, bool), indices=np.zeros(0, int))
+    )
 
 
 def test_every_shared_dim_has_one_range_within_a_component():

@@ -1,4 +1,4 @@
-"""The slow tokenizer of transformers 4.41.0, which wrote the checkpoints, is the oracle; data/tokenizer_4_41.json says how its answers were made."""
+"""The oracle is the slow tokenizer of transformers 4.41.0, which wrote the checkpoints; see data/tokenizer_4_41.json."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,9 @@ from tests import goldens
 
 ORACLE = json.loads((Path(__file__).parent / "data" / "tokenizer_4_41.json").read_text())
 FOLDER = goldens.ROOT / "a" / "ckpt" / "sparrow-finetune"
-needs_golden_tokenizer = pytest.mark.skipif(not FOLDER.exists(), reason=f"no golden pack in {goldens.ROOT}; name its folder in SPARROW_GOLDENS")
+needs_golden_tokenizer = pytest.mark.skipif(
+    not FOLDER.exists(), reason=f"no golden pack in {goldens.ROOT}; name its folder in SPARROW_GOLDENS"
+)
 
 
 @needs_golden_tokenizer

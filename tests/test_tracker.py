@@ -69,7 +69,12 @@ class SmoothDecoder:
         logits += inputs["has_mask_prompt"][:, None, None] * inputs["mask_prompts"] / 100
         scores = np.sin(3 * hint + 20 * embedding.mean((1, 2)))
         pointers = np.where(scores[:, None] > 0, np.cos(hint[:, None] * np.arange(SAM2.width)), -1)
-        outputs = {"mask_logits": 100 * np.tanh(logits), "predicted_iou": 1 / (1 + np.exp(hint)), "object_scores": scores, "object_pointers": pointers}
+        outputs = {
+            "mask_logits": 100 * np.tanh(logits),
+            "predicted_iou": 1 / (1 + np.exp(hint)),
+            "object_scores": scores,
+            "object_pointers": pointers,
+        }
         return {name: np.float32(array) for name, array in outputs.items()}
 
 
@@ -219,7 +224,11 @@ def slow_tracks(graphs, objects):
     texts, owners = objects.get("text_embeddings", ()), objects.get("box_objects", np.zeros(0))
     number = max(len(texts), int(owners.max(initial=-1)) + 1)
     return [
-        SlowTrack(graphs, texts[index] if index < len(texts) else None, [box for box, owner in zip(objects.get("boxes", ()), owners) if owner == index])
+        SlowTrack(
+            graphs,
+            texts[index] if index < len(texts) else None,
+            [box for box, owner in zip(objects.get("boxes", ()), owners, strict=True) if owner == index],
+        )
         for index in range(number)
     ]
 
@@ -351,22 +360,52 @@ def test_results_satisfy_the_contract(tracker):
 
 
 def without(one, *names):
-    return SequenceRequest(one.session_id, {name: array for name, array in one.inputs.items() if name not in names}, one.start, one.end)
+    return SequenceRequest(
+        one.session_id, {name: array for name, array in one.inputs.items() if name not in names}, one.start, one.end
+    )
 
 
 BAD_REQUESTS = {
     "no objects": (request(9, 0, {}), InvalidInput, "tracker: got no objects with START, expected text_embeddings or boxes"),
     "empty objects": (request(9, 0, text(0)), InvalidInput, "tracker: got no objects with START"),
     "not open": (request(9, 0), UnknownSession, "tracker: session 9 is not open"),
-    "too many texts": (request(9, 0, text(17)), InvalidInput, r"tracker.text_embeddings: got \[17, 64\] float32, .*session_objects 0..16"),
+    "too many texts": (
+        request(9, 0, text(17)),
+        InvalidInput,
+        r"tracker.text_embeddings: got \[17, 64\] float32, .*session_objects 0..16",
+    ),
     "too high an object": (request(9, 0, boxes(16)), InvalidInput, "tracker.box_objects: got values 16..16, expected 0..15"),
-    "a gap": (request(9, 0, boxes(0, 2)), InvalidInput, "tracker.box_objects: got none for object 1, expected text or a box for each"),
-    "boxes without owners": (without(request(9, 0, boxes(0, 1)), "box_objects"), InvalidInput, "tracker.box_objects: got 0, expected one per box"),
-    "owners without boxes": (without(request(9, 0, boxes(0, 1)), "boxes"), InvalidInput, "tracker.box_objects: got 2, expected one per box"),
-    "fewer owners": (request(9, 0, boxes(0, 1) | {"box_objects": np.zeros(1, np.int32)}), InvalidInput, "tracker.box_objects: got"),
-    "no features": (without(request(9, 0, text(1)), "high_res_1"), InvalidInput, "tracker.high_res_1: got nothing, expected the features of a frame"),
+    "a gap": (
+        request(9, 0, boxes(0, 2)),
+        InvalidInput,
+        "tracker.box_objects: got none for object 1, expected text or a box for each",
+    ),
+    "boxes without owners": (
+        without(request(9, 0, boxes(0, 1)), "box_objects"),
+        InvalidInput,
+        "tracker.box_objects: got 0, expected one per box",
+    ),
+    "owners without boxes": (
+        without(request(9, 0, boxes(0, 1)), "boxes"),
+        InvalidInput,
+        "tracker.box_objects: got 2, expected one per box",
+    ),
+    "fewer owners": (
+        request(9, 0, boxes(0, 1) | {"box_objects": np.zeros(1, np.int32)}),
+        InvalidInput,
+        "tracker.box_objects: got",
+    ),
+    "no features": (
+        without(request(9, 0, text(1)), "high_res_1"),
+        InvalidInput,
+        "tracker.high_res_1: got nothing, expected the features of a frame",
+    ),
     "no size": (without(request(9, 0, text(1)), "frame_size"), InvalidInput, "tracker.frame_size: got nothing"),
-    "other features": (request(9, 0, {"high_res_0": np.zeros((8, 3, 3), np.float32)}), InvalidInput, r"tracker.high_res_0: got \[8, 3, 3\]"),
+    "other features": (
+        request(9, 0, {"high_res_0": np.zeros((8, 3, 3), np.float32)}),
+        InvalidInput,
+        r"tracker.high_res_0: got \[8, 3, 3\]",
+    ),
     "mask format": (request(9, 0, text(1), mask_format="png"), InvalidInput, "mask_format: got 'png', expected one of rle, bits"),
 }
 
@@ -453,7 +492,7 @@ def test_idle_session_expires(tracker):
     tracker.step([request(2, 1)])
     now += settings.SESSION_IDLE_S / 2 + 1
     expired, going_on = tracker.step([request(1, 2), request(2, 2)])
-    with pytest.raises(UnknownSession, match="session 1 is not open: .* was idle for over 60 s"):
+    with pytest.raises(UnknownSession, match=r"session 1 is not open: .* was idle for over 60 s"):
         raise expired
     assert len(going_on["mask_rle"]) == 1
 
