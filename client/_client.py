@@ -153,14 +153,16 @@ class SparrowClient:
             # Not with the header triton_grpc_error: errors and cancellations together then crash Triton 24.10 (ADR 0003).
             connection.start_stream(lambda result, error: responses.put((result, error)))
             try:
-                connection.async_stream_infer(SPARROW, inputs, request_id=request_id, parameters=parameters, enable_empty_final_response=True)
+                connection.async_stream_infer(
+                    SPARROW, inputs, request_id=request_id, parameters=parameters, enable_empty_final_response=True
+                )
             except InferenceServerException as error:
                 if STREAM_FAILED not in error.message():  # else the queue says why
                     raise InvalidInput(f"sparrow: {error.message()} Mend the options.", SPARROW, request_id) from error
             while not finished:
-                result, error = next_response(responses, self.timeout_s, request_id)
-                if error is not None:
-                    raise error_from_triton(error, SPARROW, request_id)
+                result, failure = next_response(responses, self.timeout_s, request_id)
+                if failure is not None:
+                    raise error_from_triton(failure, SPARROW, request_id)
                 response = result.get_response()
                 finished = response.parameters["triton_final_response"].bool_param
                 yield {output.name: result.as_numpy(output.name) for output in response.outputs}

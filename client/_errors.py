@@ -1,11 +1,11 @@
 """What the client raises.
 
-    SparrowClientError          carries .model_name and .request_id
-    ├── InvalidInput            the request can never succeed: mend it
-    ├── UnknownSession          the tracking session is not open: start it again
-    ├── CapacityExceeded        a limit of the server is reached: retry later or ask for less
-    ├── ServerUnavailable       nobody answers at that address, or not in time
-    └── RequestFailed           the server failed: see its log
+SparrowClientError          carries .model_name and .request_id
+├── InvalidInput            the request can never succeed: mend it
+├── UnknownSession          the tracking session is not open: start it again
+├── CapacityExceeded        a limit of the server is reached: retry later or ask for less
+├── ServerUnavailable       nobody answers at that address, or not in time
+└── RequestFailed           the server failed: see its log
 """
 
 from __future__ import annotations

@@ -121,5 +121,7 @@ def sample_stride(path: Path, fps: Fraction | None, sample_fps: float) -> int:
         raise MediaError(f"{path}: the file names no frame rate. Convert it, e.g. to MP4.")
     stride = round(float(fps) / sample_fps)
     if stride < 1:
-        raise MediaError(f"{path}: {float(fps):g} frames per second, expected more than {sample_fps / 2:g}. Take all with --sample-fps {float(fps):g}.")
+        raise MediaError(
+            f"{path}: {float(fps):g} frames per second, expected more than {sample_fps / 2:g}. Take all with --sample-fps {float(fps):g}."
+        )
     return stride

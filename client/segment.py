@@ -24,8 +24,17 @@ from ._types import Answer, Event, FrameMasks, TextPiece
 @click.argument("input", type=click.Path(path_type=Path))
 @click.argument("prompt")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
-@click.option("--server", default="localhost:8001", envvar="SPARROW_SERVER", show_default=True, show_envvar=True, help="host:port of its gRPC endpoint.")
-@click.option("--branch", type=click.Choice(["tracked", "framewise"]), default="tracked", show_default=True, help="How masks follow an object.")
+@click.option(
+    "--server",
+    default="localhost:8001",
+    envvar="SPARROW_SERVER",
+    show_default=True,
+    show_envvar=True,
+    help="host:port of its gRPC endpoint.",
+)
+@click.option(
+    "--branch", type=click.Choice(["tracked", "framewise"]), default="tracked", show_default=True, help="How masks follow an object."
+)
 @click.option("--video-init", type=click.Choice(["text_then_boxes", "text_only"]), default="text_then_boxes", show_default=True)
 @click.option("--max-new-tokens", type=int, help="Longest answer.")
 @click.option(

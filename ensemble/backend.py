@@ -25,6 +25,7 @@ from .runner import Graph, Parameters, SequenceRequest, Session, Stateful
 from .tensors import Arrays
 from .tokenizer import Tokenizer
 
+
 def read_inputs(request: Any) -> Arrays:
     """Inputs of a request by name, as copies."""
     return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}

@@ -1,8 +1,8 @@
 """The contracts of every component, in dataflow order; config.pbtxt, ONNX graphs, samples and docs are derived from them.
 
-    frames ─► vision_encoder / image_encoder ─► visual tokens ─► language_model ─► text, [SEG] / [BOX] embeddings
-       ├────► proposal_detector ─► boxes, features ─► proposal_selector ◄──────────┘
-       └────► frame_encoder ─► tracker [ memory_attention ─► mask_decoder ─► memory_encoder ] ─► masks
+frames ─► vision_encoder / image_encoder ─► visual tokens ─► language_model ─► text, [SEG] / [BOX] embeddings
+├────► proposal_detector ─► boxes, features ─► proposal_selector ◄──────────┘
+└────► frame_encoder ─► tracker [ memory_attention ─► mask_decoder ─► memory_encoder ] ─► masks
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("video_frames", "float32", (config.num_frames, 3, video.image_size, video.image_size), "ImageNet-normalised"),
                 TensorSpec("context_frames", "float32", (config.num_frames, 3, context.image_size, context.image_size), "CLIP-normalised"),
             ),
-            (TensorSpec("visual_tokens", "float32", (config.video_tokens, visual_width), "context tokens of all frames, then video tokens"),),
+            (
+                TensorSpec(
+                    "visual_tokens", "float32", (config.video_tokens, visual_width), "context tokens of all frames, then video tokens"
+                ),
+            ),
         ),
         Component(
             "image_encoder",
@@ -188,7 +192,9 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("has_mask_prompt", "bool", (OBJECTS,), "False: no_mask_embed instead"),
             ),
             (
-                TensorSpec("mask_logits", "float32", (OBJECTS, sam2.low_res, sam2.low_res), "> 0 is the object; not gated by object_scores"),
+                TensorSpec(
+                    "mask_logits", "float32", (OBJECTS, sam2.low_res, sam2.low_res), "> 0 is the object; not gated by object_scores"
+                ),
                 TensorSpec("predicted_iou", "float32", (OBJECTS,), "the decoder's own estimate, 0..1"),
                 TensorSpec("object_scores", "float32", (OBJECTS,), "> 0: the object is in the frame"),
                 TensorSpec("object_pointers", "float32", (OBJECTS, dim), "no_obj_ptr where the score is not positive"),
@@ -217,7 +223,9 @@ def components(config: ModelConfig) -> dict[str, Component]:
     )
     tracked_masks = (
         TensorSpec("mask_rle", "string", (ANY_OBJECTS,), "COCO compressed RLE counts of each object's mask; empty with mask_format bits"),
-        TensorSpec("mask_bits", "uint8", (ANY_OBJECTS, MASK_BYTES), "each mask's H*W bits, row by row, high bit first; empty with mask_format rle"),
+        TensorSpec(
+            "mask_bits", "uint8", (ANY_OBJECTS, MASK_BYTES), "each mask's H*W bits, row by row, high bit first; empty with mask_format rle"
+        ),
         TensorSpec("predicted_iou", "float32", (ANY_OBJECTS,), "the decoder's own estimate, 0..1"),
         TensorSpec("object_scores", "float32", (ANY_OBJECTS,), "> 0: the object is in the frame"),
         TensorSpec("visible", "bool", (ANY_OBJECTS,), "the mask is not empty and the score is positive"),
@@ -234,7 +242,13 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("frames", "uint8", (CLIP_FRAMES, HEIGHT, WIDTH, 3), "RGB frames", optional=True),
                 TensorSpec("encoded_frames", "string", (CLIP_FRAMES,), "JPEG or PNG files, instead of frames", optional=True),
                 TensorSpec("target_boxes", "float32", (TARGET_ROWS, 4), "pixels, xyxy or xywh, a row per frame (spec 1.7)", optional=True),
-                TensorSpec("target_crop", "uint8", (CROP_HEIGHT, CROP_WIDTH, 3), "RGB picture of the target, instead of target_boxes", optional=True),
+                TensorSpec(
+                    "target_crop",
+                    "uint8",
+                    (CROP_HEIGHT, CROP_WIDTH, 3),
+                    "RGB picture of the target, instead of target_boxes",
+                    optional=True,
+                ),
             ),
             (
                 TensorSpec("text", "string", (1,), "next piece of the answer"),
@@ -242,7 +256,9 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("text_embeddings", "float32", (ANY_OBJECTS, dim), "[SEG] embeddings, as sparrow_track takes them"),
                 TensorSpec("selected_boxes", "float32", (ANY_BOXES, 4), "xyxy, normalised, before the prior filter"),
                 TensorSpec("selected_box_objects", "int32", (ANY_BOXES,), "object of each selected box"),
-                TensorSpec("boxes", "float32", (ANY_BOXES, 4), "the selected boxes that the prior filter kept, as sparrow_track takes them"),
+                TensorSpec(
+                    "boxes", "float32", (ANY_BOXES, 4), "the selected boxes that the prior filter kept, as sparrow_track takes them"
+                ),
                 TensorSpec("box_objects", "int32", (ANY_BOXES,), "object of each box"),
                 TensorSpec("frame_idx", "int32", (1,), "frame of the masks in this response"),
                 TensorSpec("frame_size", "int32", (2,), "height and width of those masks"),
@@ -265,7 +281,9 @@ def components(config: ModelConfig) -> dict[str, Component]:
             "language_model",
             "Prefill and decode, greedy; one request per decoded token, START carries the prompt (spec 1.6, 3.3).",
             (
-                TensorSpec("num_tokens", "int32", (1,), "Tokens to decode; 0 with END frees the sequence.", below=settings.MAX_NEW_TOKENS + 1),
+                TensorSpec(
+                    "num_tokens", "int32", (1,), "Tokens to decode; 0 with END frees the sequence.", below=settings.MAX_NEW_TOKENS + 1
+                ),
                 TensorSpec(
                     "prompt_ids",
                     "int32",

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from . import settings
 
@@ -186,7 +186,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
         """Reads what `to_json` wrote; raises TypeError on an unknown field."""
-        return _build(cls, json.loads(text))
+        return cast(ModelConfig, _build(cls, json.loads(text)))
 
     @classmethod
     def load(cls, path: Path | str) -> ModelConfig:

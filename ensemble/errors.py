@@ -1,12 +1,11 @@
 """What can go wrong with a request, and the Triton status code it is reported under.
 
-    SparrowError
-    ├── InvalidInput      INVALID_ARG   the request can never succeed: mend it
-    ├── UnknownSession    NOT_FOUND     the tracking or generation session is not open: send START
-    ├── CapacityExceeded  UNAVAILABLE   a limit of this server is reached: retry later or ask for less
-    └── ComponentFailed   INTERNAL      a model behind this one failed: see the server's log
+SparrowError
+├── InvalidInput      INVALID_ARG   the request can never succeed: mend it
+├── UnknownSession    NOT_FOUND     the tracking or generation session is not open: send START
+├── CapacityExceeded  UNAVAILABLE   a limit of this server is reached: retry later or ask for less
+└── ComponentFailed   INTERNAL      a model behind this one failed: see the server's log
 """
-
 
 import re
 

@@ -44,7 +44,9 @@ def decode_frames(files: Sequence[bytes], where: str) -> Array:
                 check_frame_size(picture.height, picture.width, f"{where}[{index}]")
                 frame = np.asarray(picture.convert("RGB"))
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise InvalidInput(f"{where}[{index}]: got {len(file)} bytes that are no readable JPEG or PNG ({error}). Encode it again.") from error
+            raise InvalidInput(
+                f"{where}[{index}]: got {len(file)} bytes that are no readable JPEG or PNG ({error}). Encode it again."
+            ) from error
         if frames and frame.shape != frames[0].shape:
             got, expected = "x".join(map(str, frame.shape[:2])), "x".join(map(str, frames[0].shape[:2]))
             raise InvalidInput(f"{where}[{index}]: got {got} px, expected {expected} px as the first frame. Send frames of one size.")
@@ -67,7 +69,7 @@ def context_frame(frame: Array, config: ModelConfig) -> Array:
     top, left = (resized.height - size) // 2, (resized.width - size) // 2
     crop = np.asarray(resized)[top : top + size, left : left + size]
     scaled = (crop * (1 / 255)).astype(np.float32)
-    return normalise(scaled, np.float32(settings.CLIP_MEAN), np.float32(settings.CLIP_STD))
+    return normalise(scaled, settings.CLIP_MEAN, settings.CLIP_STD)
 
 
 def video_frame(frame: Array, config: ModelConfig) -> Array:
@@ -80,7 +82,7 @@ def video_frame(frame: Array, config: ModelConfig) -> Array:
     """
     size = config.video.image_size
     resized = cv2.resize(frame, (size, size), interpolation=cv2.INTER_LINEAR)
-    return normalise(resized / 255.0, np.float64(settings.IMAGENET_MEAN), np.float64(settings.IMAGENET_STD)).astype(np.float32)
+    return normalise(resized / 255.0, settings.IMAGENET_MEAN, settings.IMAGENET_STD).astype(np.float32)
 
 
 def grounding_frame(frame: Array, config: ModelConfig) -> Array:
@@ -95,7 +97,7 @@ def grounding_frame(frame: Array, config: ModelConfig) -> Array:
     height, width = frame.shape[:2]
     scale = size / max(height, width)
     resized = Image.fromarray(frame).resize((int(width * scale + 0.5), int(height * scale + 0.5)), Image.Resampling.BILINEAR)
-    normal = normalise(np.float32(resized), np.float32(settings.SAM_MEAN), np.float32(settings.SAM_STD))
+    normal = normalise(np.asarray(resized, np.float32), settings.SAM_MEAN, settings.SAM_STD)
     return stretch(stretch(normal, 1, size), 2, size)
 
 
@@ -123,7 +125,7 @@ def stretch(x: Array, axis: int, size: int) -> Array:
     source = np.maximum((np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(old / size) - np.float32(0.5), 0)
     low = source.astype(np.int64)
     high = np.minimum(low + 1, old - 1)
-    weight = (source - low.astype(np.float32)).reshape([-1 if axis == other else 1 for other in range(x.ndim)])
+    weight: Array = (source - low.astype(np.float32)).reshape([-1 if axis == other else 1 for other in range(x.ndim)])
     return (1 - weight) * x.take(low, axis) + weight * x.take(high, axis)
 
 
@@ -135,7 +137,7 @@ def proposal_image(grounding: Array, config: ModelConfig) -> Array:
     Returns:
         [P, P, 3] uint8 RGB, P = config.proposer.image_size.
     """
-    pixels = grounding.transpose(1, 2, 0) * np.float32(settings.SAM_STD) + np.float32(settings.SAM_MEAN)
+    pixels = grounding.transpose(1, 2, 0) * np.array(settings.SAM_STD, np.float32) + np.array(settings.SAM_MEAN, np.float32)
     picture = Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
     return np.asarray(picture.resize((config.proposer.image_size,) * 2, Image.Resampling.BICUBIC))
 
@@ -149,10 +151,10 @@ def proposal_frame(picture: Array) -> Array:
         [1, 3, P, P] float32.
     """
     scaled = (picture * (1 / 255)).astype(np.float32)
-    return normalise(scaled, np.float32(settings.IMAGENET_MEAN), np.float32(settings.IMAGENET_STD))[None]
+    return normalise(scaled, settings.IMAGENET_MEAN, settings.IMAGENET_STD)[None]
 
 
-def normalise(pixels: Array, mean: Array, std: Array) -> Array:
-    """(pixels - mean) / std and channels first: [H, W, 3] -> [3, H, W]."""
-    normal: Array = ((pixels - mean) / std).transpose(2, 0, 1)
+def normalise(pixels: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """(pixels - mean) / std in the dtype of `pixels`, channels first: [H, W, 3] -> [3, H, W]."""
+    normal: Array = ((pixels - np.array(mean, pixels.dtype)) / np.array(std, pixels.dtype)).transpose(2, 0, 1)
     return np.ascontiguousarray(normal)

@@ -15,7 +15,6 @@ from .runner import SequenceRequest
 from .sessions import SessionStore
 from .tensors import Array, Arrays
 
-
 NO_SLOT = NO_TOKEN = -1
 
 
@@ -103,7 +102,9 @@ class LanguageModel:
             return Turn(self.sessions.get(request.session_id), num_tokens)
         embeddings = self._embeddings(request.inputs)
         if len(embeddings) > self._config.max_sequence:
-            raise InvalidInput(f"language_model: got {len(embeddings)} tokens, expected at most {self._config.max_sequence}. Shorten the prompt.")
+            raise InvalidInput(
+                f"language_model: got {len(embeddings)} tokens, expected at most {self._config.max_sequence}. Shorten the prompt."
+            )
         answer = self.sessions.open(request.session_id, Answer(NO_SLOT, len(embeddings)))
         used = {other.slot for other in self.sessions.states()}
         answer.slot = next(slot for slot in range(settings.MAX_GENERATIONS) if slot not in used)

@@ -46,7 +46,13 @@ class Options:
             default, meta = known[name].default, known[name].metadata
             kind = type(default)
             sound = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-            if not sound or (meta["choices"] and value not in meta["choices"]) or (meta["low"] is not None and not meta["low"] <= value <= meta["high"]):
-                expected = " or ".join(meta["choices"]) or (kind.__name__ if meta["low"] is None else f"{kind.__name__} {meta['low']}..{meta['high']}")
+            if (
+                not sound
+                or (meta["choices"] and value not in meta["choices"])
+                or (meta["low"] is not None and not meta["low"] <= value <= meta["high"])
+            ):
+                expected = " or ".join(meta["choices"]) or (
+                    kind.__name__ if meta["low"] is None else f"{kind.__name__} {meta['low']}..{meta['high']}"
+                )
                 raise InvalidInput(f"sparrow: got {name} = {value!r}, expected {expected}.")
         return cls(**parameters)

@@ -1,15 +1,15 @@
 """A question about a clip or an image to text, objects and masks; written once against `Runner`, knows no Triton.
 
-    vision tokens ─► language model ─► [BOX] / [SEG] embeddings ─┐
-    frame 0 ─► proposals ───────────────────────────────────────►├─► boxes ─► prior filter ─► framewise decode, or tracker
-    every frame ─► frame encoder ───────────────────────────────►┘
+vision tokens ─► language model ─► [BOX] / [SEG] embeddings ─┐
+frame 0 ─► proposals ───────────────────────────────────────►├─► boxes ─► prior filter ─► framewise decode, or tracker
+every frame ─► frame encoder ───────────────────────────────►┘
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,7 +129,7 @@ class Pipeline:
         self.config, self.tokenizer, self.runner = config, tokenizer, runner
         self._contract = components(config)["sparrow"]
 
-    def answer(self, inputs: Arrays, parameters: Parameters) -> Iterator[Arrays]:
+    def answer(self, inputs: Arrays, parameters: Parameters) -> Generator[Arrays]:
         """Streams the responses to one request: text pieces, the objects, masks frame by frame, a summary.
 
         Args:
@@ -162,7 +162,7 @@ class Pipeline:
                         proposals.cancel()
         yield {"summary": np.array([json.dumps(self._summary(clip, answer, options, timings)).encode()], object)}
 
-    def _generate(self, ids: Array, inputs: Arrays, clip: Clip, options: Options, timings: Timings) -> Iterator[Arrays]:
+    def _generate(self, ids: Array, inputs: Arrays, clip: Clip, options: Options, timings: Timings) -> Generator[Arrays, None, Answer]:
         """Yields text; returns the answer."""
         answer = Answer(self.tokenizer, self.config.language)
         with timings.stage("vision"):
@@ -189,7 +189,7 @@ class Pipeline:
     def _visual_tokens(self, seen: Array, is_video: bool) -> Array:
         """[S, H] float32."""
         if not is_video:
-            return self._image_tokens(list(seen))[0]
+            return self._image_tokens(list(seen)).squeeze(0)  # [1, S, H] -> [S, H]
         video = np.stack([preprocess.video_frame(frame, self.config) for frame in seen])
         context = np.stack([preprocess.context_frame(frame, self.config) for frame in seen])
         return self.runner.run("vision_encoder", {"video_frames": video, "context_frames": context})["visual_tokens"]
@@ -334,7 +334,8 @@ class FrameFeatures:
 
     def cancel(self) -> None:
         """Drops what nobody will read."""
-        for future in (self.first_grounding, *self._futures.values()):
+        self.first_grounding.cancel()
+        for future in self._futures.values():
             future.cancel()
 
     def _ground(self, index: int) -> Array:
@@ -361,7 +362,9 @@ def read_clip(inputs: Arrays, options: Options) -> Clip:
     """The frames of a request; raises InvalidInput when there are none, two kinds of them, or several for an image."""
     if ("frames" in inputs) == ("encoded_frames" in inputs):
         raise InvalidInput("sparrow.frames: got neither or both of frames and encoded_frames, expected one of them. Send one.")
-    pictures = inputs["frames"] if "frames" in inputs else preprocess.decode_frames(list(inputs["encoded_frames"]), "sparrow.encoded_frames")
+    pictures = (
+        inputs["frames"] if "frames" in inputs else preprocess.decode_frames(list(inputs["encoded_frames"]), "sparrow.encoded_frames")
+    )
     is_video = len(pictures) > 1 if options.modality == "auto" else options.modality == "video"
     if len(pictures) > 1 and not is_video:
         raise InvalidInput(f"sparrow.frames: got {len(pictures)} frames with modality image, expected 1. Send one, or modality video.")

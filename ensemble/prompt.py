@@ -39,7 +39,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, with_targets: bool) -> list[in
     else:
         ids += tokenizer.encode(f"\n{prompt}{ASSISTANT}")
     if len(ids) > settings.MAX_PROMPT_TOKENS:
-        raise InvalidInput(f"sparrow.prompt: got {len(ids)} tokens with the template, expected at most {settings.MAX_PROMPT_TOKENS}. Shorten it.")
+        raise InvalidInput(
+            f"sparrow.prompt: got {len(ids)} tokens with the template, expected at most {settings.MAX_PROMPT_TOKENS}. Shorten it."
+        )
     return ids
 
 

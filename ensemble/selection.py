@@ -97,7 +97,8 @@ def iou(a: Array, b: Array) -> float:
 
 def keep(scores: Array, min_score: float, max_keep: int) -> Array:
     """Indices that pass the prior filter: those at or above `min_score` in order, the best one where there is none, and the
-    `max_keep` best in order of score where there are more."""
+    `max_keep` best in order of score where there are more.
+    """
     indices = np.flatnonzero(scores >= min_score)
     if not len(indices):
         return np.array([scores.argmax()])

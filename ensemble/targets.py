@@ -66,7 +66,7 @@ def medoids(features: Array, k: int = settings.TARGET_TOKENS, steps: int = setti
         centres = updated
         if settled:
             break
-    return features[distances(features, centres).argmin(0)]
+    return np.asarray(features[distances(features, centres).argmin(0)])
 
 
 def distances(samples: Array, centres: Array) -> Array:

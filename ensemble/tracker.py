@@ -150,7 +150,7 @@ class Tracker:
                 corners = np.clip([boxes[index][turn] for index in chosen], 0, 1).reshape(-1, 2, 2) * self._config.sam2.image_size
                 bound = settings.MASK_PROMPT_CLAMP
                 earlier = None if chosen is fresh else np.clip(state["mask_logits"][chosen], -bound, bound)
-                prompts = Prompts(BOX, object_frame[chosen], multimask=False, corners=np.float32(corners), masks=earlier)
+                prompts = Prompts(BOX, object_frame[chosen], multimask=False, corners=corners.astype(np.float32), masks=earlier)
                 state = scatter(state, gate(decode_masks(self._runner, features, prompts)), chosen, len(texts))
         return zip(frames, split_all(state, frames), strict=True)
 

@@ -1,9 +1,9 @@
 """Reads and writes checkpoints in the original on-disk formats (spec 8).
 
-    ROOT/sparrow-finetune/                            language model, projectors, SAM2, selector: config.json, tokenizer, weights
-    ROOT/openai/clip-vit-large-patch14-336/           CLIP vision tower
-    ROOT/InternVideo2/InternVideo2-stage2_1b-224p-f4.pt   InternVideo2 tower
-    ROOT/ddetr_sam2/                                  proposer
+ROOT/sparrow-finetune/                            language model, projectors, SAM2, selector: config.json, tokenizer, weights
+ROOT/openai/clip-vit-large-patch14-336/           CLIP vision tower
+ROOT/InternVideo2/InternVideo2-stage2_1b-224p-f4.pt   InternVideo2 tower
+ROOT/ddetr_sam2/                                  proposer
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Checkpoint:
 
 
 def original_name(module: Graph, own: str) -> str:
-    """"source:name" under which a tensor of `module` is stored; the longest matching prefix decides."""
+    """The "source:name" under which a tensor of `module` is stored; the longest matching prefix decides."""
     prefix = max((prefix for prefix in module.keys if own.startswith(prefix)), key=len)
     return module.keys[prefix].split("|")[0] + own.removeprefix(prefix)
 

@@ -27,7 +27,12 @@ def export(checkpoint: Path, out: Path) -> None:
     graphs = [component.name for component in components(FULL).values() if component.is_graph]
     try:
         with tqdm(total=len(graphs), unit="graph") as bar:
-            repository_from_checkpoint(Checkpoint(checkpoint), out, progress=lambda name: (bar.set_description(name), bar.update()))
+
+            def progress(name: str) -> None:
+                bar.set_description(name)
+                bar.update()
+
+            repository_from_checkpoint(Checkpoint(checkpoint), out, progress)
     except CheckpointError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"Model repository: {out}\nStart it: sparrow serve {out}")
@@ -39,7 +44,9 @@ def export(checkpoint: Path, out: Path) -> None:
 @click.option("--grpc-port", default=Ports.grpc, show_default=True)
 @click.option("--http-port", default=Ports.http, show_default=True)
 @click.option("--metrics-port", default=Ports.metrics, show_default=True)
-@click.option("--log", type=click.Path(path_type=Path, dir_okay=False), help="File for the server's log; without a command it goes to stderr.")
+@click.option(
+    "--log", type=click.Path(path_type=Path, dir_okay=False), help="File for the server's log; without a command it goes to stderr."
+)
 def serve(repository: Path, command: tuple[str, ...], grpc_port: int, http_port: int, metrics_port: int, log: Path | None) -> None:
     """Run tritonserver on REPOSITORY until Ctrl-C; with COMMAND, run that while the server is up and stop it afterwards.
 
@@ -49,7 +56,9 @@ def serve(repository: Path, command: tuple[str, ...], grpc_port: int, http_port:
     output = log.open("w") if log else None if command else sys.stderr
     try:
         with Server(repository, Ports(grpc_port, http_port, metrics_port), output) as server:
-            click.echo(f"Ready: gRPC {server.url}, HTTP localhost:{server.ports.http}, metrics localhost:{server.ports.metrics}/metrics", err=True)
+            click.echo(
+                f"Ready: gRPC {server.url}, HTTP localhost:{server.ports.http}, metrics localhost:{server.ports.metrics}/metrics", err=True
+            )
             try:
                 environment = {**os.environ, "SPARROW_SERVER": server.url}
                 status = subprocess.run(command, env=environment).returncode if command else server.wait()

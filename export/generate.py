@@ -1,6 +1,6 @@
 """Writes the files that are derived from the contracts and committed, or checks that they are up to date.
 
-    python -m export.generate [--check]
+python -m export.generate [--check]
 """
 
 from __future__ import annotations

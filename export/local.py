@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ensemble.generation import LanguageModel
 from ensemble.pipeline import Pipeline
 from ensemble.runner import LocalRunner
@@ -17,8 +19,10 @@ def local_runner(checkpoint: Checkpoint) -> LocalRunner:
     """All components as torch modules in eager mode."""
     graphs = {name: TorchGraph(checkpoint.build(name), name) for name in MODULES if name != "language_decoder"}
     runner = LocalRunner(graphs)
-    decoder = TorchDecoder(checkpoint.build("language_decoder"), graphs["token_embedder"], graphs["prompt_projector"])
-    runner.stateful["language_model"] = LanguageModel(checkpoint.config, decoder)
+    decoder: Any = checkpoint.build("language_decoder")
+    runner.stateful["language_model"] = LanguageModel(
+        checkpoint.config, TorchDecoder(decoder, graphs["token_embedder"], graphs["prompt_projector"])
+    )
     runner.stateful["tracker"] = Tracker(checkpoint.config, runner)
     return runner
 

@@ -7,6 +7,7 @@ prompt to masks is walked. What the masks show means nothing.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -116,7 +117,7 @@ def wire_answer(sparrow: dict[str, Tensor], tokenizer: Tokenizer) -> None:
         if name.startswith("model.layers.") and name.endswith(("o_proj.weight", "down_proj.weight")):
             sparrow[name] = tensor * 0.3
     head = torch.zeros_like(sparrow["lm_head.weight"])
-    for previous, following in zip(chain, chain[1:], strict=False):
+    for previous, following in itertools.pairwise(chain):
         head[following] = embeddings[previous] / embeddings[previous].norm()
     sparrow["lm_head.weight"] = head
 
@@ -154,7 +155,7 @@ def draw_frame(progress: float, height: int, width: int) -> Array:
     disc = (x - width * (0.2 + 0.6 * progress)) ** 2 + (y - height * 0.4) ** 2 < (height * 0.15) ** 2
     square = (abs(x - width * (0.8 - 0.5 * progress)) < height * 0.12) & (abs(y - height * 0.7) < height * 0.12)
     frame[disc], frame[square] = (210, 40, 40), (40, 60, 200)
-    return frame.astype(np.uint8)
+    return np.asarray(frame, np.uint8)
 
 
 if __name__ == "__main__":

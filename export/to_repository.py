@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,7 +47,7 @@ def config_from_component(model: Component, contracts: Mapping[str, Component]) 
     message = json_format.ParseDict(fields, model_config_pb2.ModelConfig())
     # text_format leaves out a zero, which here means "no batching" and has to be said.
     explicit = "" if fields["max_batch_size"] else "max_batch_size: 0\n"
-    return HEADER + explicit + text_format.MessageToString(message)
+    return f"{HEADER}{explicit}{text_format.MessageToString(message)}"
 
 
 def model_fields(model: Component, contracts: Mapping[str, Component]) -> dict[str, Any]:
@@ -185,8 +184,8 @@ def describe(config: ModelConfig) -> str:
     sections = [
         "<!-- " + HEADER.strip("# \n") + " -->",
         "# Model repository",
-        f"Every Triton model with its tensors, at the sizes of the preset `{config.preset}`. `sparrow export CHECKPOINT -o FOLDER` writes a "
-        "complete repository: these configurations at the checkpoint's sizes, the adapters (`1/model.py`), engines and tokenizer.",
+        f"Every Triton model with its tensors, at the sizes of the preset `{config.preset}`. `sparrow export CHECKPOINT -o FOLDER` writes "
+        "a complete repository: these configurations at the checkpoint's sizes, the adapters (`1/model.py`), engines and tokenizer.",
         f"```mermaid\n{graph.mermaid(contracts)}\n```",
     ]
     for model in graph.served(contracts):
@@ -194,8 +193,3 @@ def describe(config: ModelConfig) -> str:
         note = f"Sizes: {', '.join(dict.fromkeys(limits))}." if limits else ""
         sections.append(f"## {model.name}\n\n{model.doc} {note}\n\n{tensor_table(model)}")
     return "\n\n".join(sections) + "\n"
-
-
-def load_config(repository: Path) -> ModelConfig:
-    """The sizes that a written repository was built for."""
-    return ModelConfig.from_json(json.dumps(json.loads((repository / "sparrow" / "1" / "config.json").read_text())))

@@ -145,9 +145,7 @@ def test_weights_are_the_same_however_they_are_stored(copy, tiny, write):
     assert states_equal(Checkpoint(copy).build("memory_encoder").state_dict(), tiny.build("memory_encoder").state_dict())
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda state: state, lambda state: {"model": state}, lambda state: {"module": state, "epoch": 3}]
-)
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state}, lambda state: {"module": state, "epoch": 3}])
 def test_tower_may_be_wrapped(tmp_path, wrap):
     state = {"vision_encoder.cls_token": torch.arange(3.0)}
     torch.save(wrap(state), tmp_path / "tower.pt")
@@ -187,9 +185,7 @@ def test_code_in_a_weight_file_is_not_run(tmp_path):
 
 def test_folder_without_weights_is_named(copy):
     (copy / SOURCES["ddetr"] / "model.safetensors").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"ddetr_sam2: no \*.safetensors and no pytorch_model\*.bin. Copy the weights there"
-    ):
+    with pytest.raises(CheckpointError, match=r"ddetr_sam2: no \*.safetensors and no pytorch_model\*.bin. Copy the weights there"):
         Checkpoint(copy).build("proposal_detector")
 
 
@@ -225,15 +221,11 @@ def test_trunk_is_known_by_its_width_and_depth(width, blocks, heads, global_bloc
 
 
 def test_unknown_trunk_is_refused_with_the_list_of_trunks():
-    with pytest.raises(
-        CheckpointError, match=r"trunk.: got a trunk of \(width, blocks\) \(17, 3\), expected one of \[\(144, 48\), "
-    ):
+    with pytest.raises(CheckpointError, match=r"trunk.: got a trunk of \(width, blocks\) \(17, 3\), expected one of \[\(144, 48\), "):
         hiera_config(trunk(17, 3), "trunk.")
 
 
-has_pack_a = pytest.mark.skipif(
-    "a" not in goldens.PACKS, reason=f"no golden pack a in {goldens.ROOT}; name its folder in SPARROW_GOLDENS"
-)
+has_pack_a = pytest.mark.skipif("a" not in goldens.PACKS, reason=f"no golden pack a in {goldens.ROOT}; name its folder in SPARROW_GOLDENS")
 
 
 @has_pack_a

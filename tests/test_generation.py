@@ -320,8 +320,7 @@ def told(tokenizer, token_ids, size=1):
     embeddings = [np.stack([state_of(id, 0)[: TINY.sam2.width] for id in group]) for group in groups]
     last = len(groups) - 1
     return answer, [
-        answer.accept(np.array(group), rows, index == last)
-        for index, (group, rows) in enumerate(zip(groups, embeddings, strict=True))
+        answer.accept(np.array(group), rows, index == last) for index, (group, rows) in enumerate(zip(groups, embeddings, strict=True))
     ]
 
 

@@ -62,7 +62,9 @@ def answers():
         inputs = {"frames": case.frames, "prompt": np.array([case.meta["prompt"].encode()], object)}
         try:
             with pytest.MonkeyPatch.context() as patch:
-                if flags["use_detection_guidance"] and (case.folder / "proposer_input_448.png").exists():  # rounding ties of the 448 px picture follow float noise: the original's is used
+                if (
+                    flags["use_detection_guidance"] and (case.folder / "proposer_input_448.png").exists()
+                ):  # rounding ties of the 448 px picture follow float noise: the original's is used
                     patch.setattr(frames, "proposal_image", lambda grounding, config: case.proposer_image)
                 done[case] = list(pipeline.answer(inputs, parameters)), recorder.calls
         finally:
@@ -117,7 +119,9 @@ def test_embeddings_and_boxes_are_the_originals(case, answers):
     np.testing.assert_allclose(found["text_embeddings"], expected, atol=1e-3)
     assert len(found["phrases"]) == len(expected)
     for index in range(len(expected) if guided else 0):
-        before, after = (found[name][found[owner] == index] for name, owner in (("selected_boxes", "selected_box_objects"), ("boxes", "box_objects")))
+        before, after = (
+            found[name][found[owner] == index] for name, owner in (("selected_boxes", "selected_box_objects"), ("boxes", "box_objects"))
+        )
         np.testing.assert_allclose(before, case.expected[f"sel.before.tok{index}"], atol=1e-3)
         np.testing.assert_allclose(after, case.expected[f"sel.after.tok{index}"], atol=1e-3)
 

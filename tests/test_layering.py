@@ -49,9 +49,7 @@ RULES = {
         "client/; heavy packages are imported by the function that needs them",
         ours=frozenset({RELATIVE, "ensemble"}),
         third_party=None,
-        late=frozenset(
-            {"av", "onnx", "onnxruntime", "onnxscript", "safetensors", "sentencepiece", "tensorrt", "torch", "tritonclient"}
-        ),
+        late=frozenset({"av", "onnx", "onnxruntime", "onnxscript", "safetensors", "sentencepiece", "tensorrt", "torch", "tritonclient"}),
         early={"checkpoints.py": frozenset({"torch", "safetensors"}), "models/*.py": frozenset({"torch"})},
     ),
     "model_repository": Rule(
@@ -109,9 +107,7 @@ def problems(folder: str, file: Path, source: str) -> list[str]:
         else:
             allowed = rule.third_party is None or package in rule.third_party | more
         if not allowed or (package in rule.late - early and not late):
-            found.append(
-                f"{folder}/{file}:{line} imports {module}{'' if not allowed else ' at the top'}. Move it: {rule.advice}."
-            )
+            found.append(f"{folder}/{file}:{line} imports {module}{'' if not allowed else ' at the top'}. Move it: {rule.advice}.")
     return found
 
 

@@ -10,9 +10,7 @@ from ensemble.errors import InvalidInput
 @pytest.mark.parametrize(("height", "width"), [(480, 854), (64, 64), (33, 17), (8, 301), (1, 1)])
 def test_resize_equals_torch_up_and_down(height, width):
     maps = np.random.default_rng(0).standard_normal((3, 64, 64)).astype(np.float32) * 10
-    expected = torch.nn.functional.interpolate(
-        torch.from_numpy(maps)[None], (height, width), mode="bilinear", align_corners=False
-    )[0]
+    expected = torch.nn.functional.interpolate(torch.from_numpy(maps)[None], (height, width), mode="bilinear", align_corners=False)[0]
     # OpenCV rounds source positions differently in the last bits of float32; logits of about 10 move by this much.
     np.testing.assert_allclose(masks.resize(maps, height, width), expected.numpy(), atol=2e-3)
 

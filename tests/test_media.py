@@ -49,11 +49,7 @@ def write_video(path, num_frames, fps, draw=numbered, times_ms=None, rotation=0)
 def sampled(num_frames, fps):
     """Which source frames the original takes, word for word from spec 1.1."""
     indices = [index for index in range(num_frames) if index % round(fps / 1) == 0]
-    return (
-        indices
-        if len(indices) <= 64
-        else [indices[int(position)] for position in np.linspace(0, len(indices) - 1, 64, dtype=int)]
-    )
+    return indices if len(indices) <= 64 else [indices[int(position)] for position in np.linspace(0, len(indices) - 1, 64, dtype=int)]
 
 
 @pytest.mark.parametrize(
@@ -83,9 +79,7 @@ def test_video_is_sampled_as_the_original_does(tmp_path, fps, num_frames, stride
     assert media.fps == pytest.approx(float(fps) / stride)
 
 
-@pytest.mark.parametrize(
-    ("fps", "stride"), [(0.6, 1), (1.5, 2), (2.5, 2), (3.5, 4), (12.5, 12), (13.5, 14), (29.97, 30), (60, 60)]
-)
+@pytest.mark.parametrize(("fps", "stride"), [(0.6, 1), (1.5, 2), (2.5, 2), (3.5, 4), (12.5, 12), (13.5, 14), (29.97, 30), (60, 60)])
 def test_stride_is_the_rate_rounded_half_to_even(tmp_path, fps, stride):
     assert sample_stride(tmp_path, Fraction(fps).limit_denominator(1001), 1) == stride
 
@@ -99,9 +93,7 @@ def test_video_can_be_sampled_at_another_rate(tmp_path):
 @pytest.mark.parametrize("fps", [0.4, 0.5])
 def test_video_is_refused_when_it_is_slower_than_the_sampling(tmp_path, fps):
     path = write_video(tmp_path / "slow.mp4", 5, fps)
-    with pytest.raises(
-        MediaError, match=rf"slow.mp4: {fps} frames per second, expected more than 0.5. Take all with --sample-fps {fps}"
-    ):
+    with pytest.raises(MediaError, match=rf"slow.mp4: {fps} frames per second, expected more than 0.5. Take all with --sample-fps {fps}"):
         read_media(path)
     assert len(read_media(path, sample_fps=fps).frames) == 5
 

@@ -28,11 +28,7 @@ ACCEPTED = [
 ]
 REFUSED = [
     *((name, value) for name in CHOICES for value in ("", "other", "RLE", 1, True, None)),
-    *(
-        (name, value)
-        for name, (kind, low, high) in NUMBERS.items()
-        for value in (low - 1, high + 1, low - kind(1), True, False, "1", None)
-    ),
+    *((name, value) for name, (kind, low, high) in NUMBERS.items() for value in (low - 1, high + 1, low - kind(1), True, False, "1", None)),
     *((name, value) for name in NUMBERS for value in (float("nan"), float("inf"))),
     *((name, 2.0) for name, (kind, *_) in NUMBERS.items() if kind is int),
     *((name, value) for name in SWITCHES for value in (0, 1, 1.0, "true", None)),

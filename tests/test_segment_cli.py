@@ -34,14 +34,10 @@ def answer_for(num_frames, phrases):
     """What a server might say: noise for masks, a few boxes."""
     rng = np.random.default_rng(0)
     boxes = rng.random((3, 4)).astype(np.float32)
-    objects = [
-        TrackedObject(phrase, np.zeros(4, np.float32), boxes[index:], boxes[: index + 1]) for index, phrase in enumerate(phrases)
-    ]
+    objects = [TrackedObject(phrase, np.zeros(4, np.float32), boxes[index:], boxes[: index + 1]) for index, phrase in enumerate(phrases)]
     numbers = rng.random((num_frames, len(phrases))).astype(np.float32)
     frames = [
-        FrameMasks(
-            index, rng.random((len(phrases), HEIGHT, WIDTH)) < 0.4, numbers[index], numbers[index] - 0.5, numbers[index] > 0.5
-        )
+        FrameMasks(index, rng.random((len(phrases), HEIGHT, WIDTH)) < 0.4, numbers[index], numbers[index] - 0.5, numbers[index] > 0.5)
         for index in range(num_frames)
     ]
     return Answer(Summary(FIELDS["answer"], "tracked", "text_only", FIELDS["timings_ms"], FIELDS), objects, frames)
@@ -283,10 +279,7 @@ def test_folder_with_other_files_is_refused_and_left_alone(client, clip, tmp_pat
 
 def test_file_is_refused_as_folder(client, clip, tmp_path):
     (tmp_path / "out").write_text("mine")
-    assert (
-        fail(clip, "the disc?", "-o", tmp_path / "out")
-        == f"Error: {tmp_path / 'out'}: a file, expected a folder. Choose another."
-    )
+    assert fail(clip, "the disc?", "-o", tmp_path / "out") == f"Error: {tmp_path / 'out'}: a file, expected a folder. Choose another."
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -312,8 +305,7 @@ def test_bad_input_is_one_line_and_makes_no_folder(client, tmp_path):
         f"Error: {tmp_path / 'clip.mp4'}: not a readable video"
     )
     assert (
-        fail(tmp_path / "gone.mp4", "the disc?", "-o", tmp_path / "out")
-        == f"Error: {tmp_path / 'gone.mp4'}: no such file. Check the path."
+        fail(tmp_path / "gone.mp4", "the disc?", "-o", tmp_path / "out") == f"Error: {tmp_path / 'gone.mp4'}: no such file. Check the path."
     )
     assert not (tmp_path / "out").exists()
     assert not client.calls

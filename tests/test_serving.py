@@ -14,12 +14,6 @@ import pytest
 import tritonclient.grpc as triton
 from PIL import Image
 from pycocotools import mask as coco
-
-from ensemble import settings
-from ensemble.errors import SparrowError
-from ensemble.runner import open_session
-from export.local import local_pipeline
-from export.tiny import ANSWER, draw_frame, write_clip
 from sparrow_client import (
     CapacityExceeded,
     FrameMasks,
@@ -32,6 +26,12 @@ from sparrow_client import (
     TextPiece,
     UnknownSession,
 )
+
+from ensemble import settings
+from ensemble.errors import SparrowError
+from ensemble.runner import open_session
+from export.local import local_pipeline
+from export.tiny import ANSWER, draw_frame, write_clip
 
 pytestmark = pytest.mark.serving
 
@@ -228,7 +228,9 @@ def test_refusals_carry_their_status_for_callers_without_our_client(server):
         prompt = triton.InferInput("prompt", [1], "BYTES")
         prompt.set_data_from_numpy(np.array([b""], object))
         connection.async_stream_infer("sparrow", [prompt])
-        assert responses.get(timeout=30).message().startswith("[StatusCode.INVALID_ARGUMENT] InvalidInput: sparrow.prompt: got an empty text")
+        assert (
+            responses.get(timeout=30).message().startswith("[StatusCode.INVALID_ARGUMENT] InvalidInput: sparrow.prompt: got an empty text")
+        )
         for frames, dtype in ((np.zeros((2, 16, 16, 3), np.float32), "FP32"), (np.zeros((2, 16, 16, 4), np.uint8), "UINT8")):
             tensor = triton.InferInput("frames", frames.shape, dtype)
             tensor.set_data_from_numpy(frames)
@@ -267,7 +269,7 @@ def test_track_without_start_unknown_and_ended_sessions_are_told_so(server, clie
     for session_id in (4242, session.session_id):
         session = client.track(boxes=np.array([[0.1, 0.1, 0.5, 0.5]], np.float32))
         session.session_id, session.frame_idx = session_id, 1
-        with pytest.raises(UnknownSession, match="must specify the START flag.*open a new one"):
+        with pytest.raises(UnknownSession, match=r"must specify the START flag.*open a new one"):
             session.push(GOOD[0])
 
 

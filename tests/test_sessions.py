@@ -58,9 +58,7 @@ def test_session_expires_when_idle_for_longer_than_allowed(store, clock):
     clock.now += 60
     assert store.get(1) == "a"
     clock.now += 60.1
-    with pytest.raises(
-        UnknownSession, match=r"tracker: session 1 is not open: .* was idle for over 60 s. Start it again with START"
-    ):
+    with pytest.raises(UnknownSession, match=r"tracker: session 1 is not open: .* was idle for over 60 s. Start it again with START"):
         store.get(1)
     assert len(store) == 0
 

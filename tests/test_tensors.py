@@ -59,9 +59,7 @@ def test_sample_satisfies_the_contract_at_every_size(contract, size):
     sizes = {name: min(getattr(dim, size), max(dim.min, 64)) for name, dim in dims.items()}
     arrays = contract.sample(seed=1, **sizes)
     contract.check_inputs(arrays)
-    shapes = {
-        spec.name: tuple(sizes[dim.name] if isinstance(dim, Dim) else dim for dim in spec.shape) for spec in contract.inputs
-    }
+    shapes = {spec.name: tuple(sizes[dim.name] if isinstance(dim, Dim) else dim for dim in spec.shape) for spec in contract.inputs}
     assert {name: array.shape for name, array in arrays.items()} == shapes
     assert list(arrays) == [spec.name for spec in contract.inputs]
 

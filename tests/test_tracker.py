@@ -360,9 +360,7 @@ def test_results_satisfy_the_contract(tracker):
 
 
 def without(one, *names):
-    return SequenceRequest(
-        one.session_id, {name: array for name, array in one.inputs.items() if name not in names}, one.start, one.end
-    )
+    return SequenceRequest(one.session_id, {name: array for name, array in one.inputs.items() if name not in names}, one.start, one.end)
 
 
 BAD_REQUESTS = {

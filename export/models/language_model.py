@@ -93,9 +93,7 @@ class LanguageDecoder(Graph):
         new_keys, new_values = zip(*layers, strict=True)
         return logits, final_states, torch.stack(new_keys), torch.stack(new_values)
 
-    def decode_(
-        self, token_embeddings: Tensor, positions: Tensor, key_cache: Tensor, value_cache: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def decode_(self, token_embeddings: Tensor, positions: Tensor, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, but writes the new tokens into the given caches and returns (logits, final_states) only.
 
         The shapes alone decide what runs, so that a call can be captured into a CUDA graph.

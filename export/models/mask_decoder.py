@@ -233,9 +233,7 @@ class TwoWayLayer(nn.Module):
         self.cross_attn_image_to_token = Attention(width, heads, width // 2)
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(width) for _ in range(4))
 
-    def forward(
-        self, tokens: Tensor, image: Tensor, prompts: Tensor, image_positions: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, image: Tensor, prompts: Tensor, image_positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """[O, S, C] tokens and [O, g * g, C] image, updated; `prompts` are the tokens' positions."""
         if self.is_first:  # the tokens still are their own positions
             tokens = self.norm1(self.self_attn(tokens, tokens, tokens, mask))

@@ -86,9 +86,7 @@ class MemoryLayer(nn.Module):
         self.linear2 = nn.Linear(sam2.memory_mlp_width, width)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
-    def forward(
-        self, x: Tensor, map_keys: Tensor, pointers: Tensor, values: Tensor, mask: Tensor, cos: Tensor, sin: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, map_keys: Tensor, pointers: Tensor, values: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         attn, normal = self.self_attn, self.norm1(x)
         q, k = rotate(attn.q_proj(normal), cos, sin), rotate(attn.k_proj(normal), cos, sin)
         x = x + attn.attend(q, k, attn.v_proj(normal))
