@@ -12,7 +12,5 @@ COPY client client
 COPY ensemble ensemble
 COPY export export
 RUN pip install --no-cache-dir --break-system-packages '.[models]'
-# A __pycache__ folder in the repository would be taken for a model version.
-ENV PYTHONPATH=/opt/sparrow PYTHONDONTWRITEBYTECODE=1
 EXPOSE 8000 8001 8002
 CMD ["tritonserver", "--model-repository=/models", "--disable-auto-complete-config"]

@@ -20,7 +20,6 @@ from pathlib import Path
 from threading import Thread
 from typing import IO
 
-ROOT = Path(__file__).parent.parent
 """Holds the packages `ensemble` and `export`, which the model.py files import."""
 
 STOP_TIMEOUT_S = 20
@@ -104,12 +103,11 @@ class Server:
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={STOP_TIMEOUT_S // 2}",
         ]
-        packages = [str(ROOT), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         environment = {
             **os.environ,
             "LD_LIBRARY_PATH": os.pathsep.join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]),
-            "PYTHONPATH": os.pathsep.join([*dict.fromkeys(packages), os.environ.get("PYTHONPATH", "")]),
-            "PYTHONDONTWRITEBYTECODE": "1",  # a __pycache__ folder in the repository would be taken for a model version
+            # The stub is an isolated interpreter: it reads no PYTHONPATH, but takes the packages of the first `python3` on the path.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         }
         self._process = subprocess.Popen(
             command,

@@ -37,7 +37,8 @@ def onnx_from_torch(module: Graph, component: str, path: Path) -> None:
     sample = {name: torch.from_numpy(array) for name, array in contract.sample(seed=0, **export_sizes(contract)).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        for package in ("torch.onnx", "onnxscript"):
+            logging.getLogger(package).setLevel(logging.ERROR)
         program = torch.onnx.export(
             module,
             tuple(sample.values()),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,9 @@ ENGINE_KINDS = {"language_model": "torch"}
 """Triton model to engine kind, where it is not the default: the decode loop writes its cache in place."""
 
 DEFAULT_KIND = "onnx"
+
+EXPORTS_AT_ONCE = 2
+"""Tracing keeps one core busy, and takes several times the memory of the weights."""
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json")
 
@@ -142,31 +147,47 @@ def repository_from_checkpoint(checkpoint: Checkpoint, folder: Path, progress: C
     Args:
         checkpoint: weights and sizes.
         folder: created; files of an earlier export are replaced.
-        progress: called with the name of each component before it is exported.
+        progress: called with the name of each component when it is exported.
     """
-    from .runners import ENGINE_SUFFIX, save_module
-    from .to_onnx import onnx_from_torch
-
     write_configs(checkpoint.config, folder)
     contracts = components(checkpoint.config)
     for model in graph.served(contracts):
         version = folder / model.name / "1"
         version.mkdir(exist_ok=True)
-        if model.serving == "ensemble":
-            continue
-        shutil.copyfile(SOURCE / model.name / "1" / "model.py", version / "model.py")
-        (version / "config.json").write_text(checkpoint.config.to_json())
-        kind = engine_kind(model.name)
-        for part in graph.parts(contracts, model.name):
-            progress(part.name)
-            module = checkpoint.build(part.name)
-            path = version / f"{part.name}{ENGINE_SUFFIX[kind]}"
-            if kind == "onnx":
-                onnx_from_torch(module, part.name, path)
-            else:
-                save_module(module, path)
+        if model.serving != "ensemble":
+            shutil.copyfile(SOURCE / model.name / "1" / "model.py", version / "model.py")
+            (version / "config.json").write_text(checkpoint.config.to_json())
     for name in TOKENIZER_FILES:
         shutil.copyfile(checkpoint.path("sparrow") / name, folder / "sparrow" / "1" / name)
+
+    # A new interpreter each, since torch does not survive a fork.
+    with ProcessPoolExecutor(EXPORTS_AT_ONCE, multiprocessing.get_context("spawn")) as pool:
+        jobs = {
+            pool.submit(export_graph, checkpoint.root, part.name, engine_kind(model.name), folder / model.name / "1"): part.name
+            for model in graph.served(contracts)
+            for part in graph.parts(contracts, model.name)
+        }
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                progress(jobs[job])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def export_graph(root: Path, component: str, kind: str, folder: Path) -> None:
+    """Writes one component of the checkpoint at `root` as an engine of `kind` into `folder`."""
+    from .checkpoints import Checkpoint
+    from .runners import ENGINE_SUFFIX, save_module
+    from .to_onnx import onnx_from_torch
+
+    module = Checkpoint(root).build(component)
+    path = folder / f"{component}{ENGINE_SUFFIX[kind]}"
+    if kind == "onnx":
+        onnx_from_torch(module, component, path)
+    else:
+        save_module(module, path)
 
 
 def tensor_table(model: Component) -> str:
