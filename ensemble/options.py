@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from . import settings
@@ -11,30 +11,26 @@ from .masks import MASK_FORMATS
 from .runner import Parameters
 
 
-def option(default: Any, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
-    """A field with its default and the values it takes."""
-    return field(default=default, metadata={"choices": choices, "low": low, "high": high})
+def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
+    """A field with its default, meaning and the values it takes."""
+    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class Options:
     """What a request may change (spec 9)."""
 
-    modality: str = option("auto", choices=("auto", "video", "image"))
-    """auto: one frame is an image, more are a video."""
-    branch: str = option("tracked", choices=("tracked", "framewise"))
-    """How masks of a video follow the object; an image is always framewise."""
-    video_init: str = option("text_then_boxes", choices=("text_then_boxes", "text_only"))
-    """What conditions the tracker on frame 0 (spec 7.3)."""
-    max_new_tokens: int = option(settings.MAX_NEW_TOKENS, low=1, high=settings.MAX_NEW_TOKENS)
-    mask_format: str = option("rle", choices=MASK_FORMATS)
-    detection_guidance: bool = option(True)
-    """Let proposals prompt the mask decoder."""
-    roi_helper: bool = option(True)
-    box_prior_filter: bool = option(True)
-    selection_threshold: float = option(settings.SELECTION_THRESHOLD, low=0, high=1)
-    box_prior_min_score: float = option(settings.BOX_PRIOR_MIN_SCORE, low=0, high=1)
-    box_prior_max_keep: int = option(settings.BOX_PRIOR_MAX_KEEP, low=1, high=settings.MAX_SELECTED_BOXES)
+    modality: str = option("auto", "auto: one frame is an image, more are a video", choices=("auto", "video", "image"))
+    branch: str = option("tracked", "how masks of a video follow an object; an image is always framewise", choices=("tracked", "framewise"))
+    video_init: str = option("text_then_boxes", "what conditions the tracker on frame 0", choices=("text_then_boxes", "text_only"))
+    max_new_tokens: int = option(settings.MAX_NEW_TOKENS, "longest answer", low=1, high=settings.MAX_NEW_TOKENS)
+    mask_format: str = option("rle", "which of mask_rle and mask_bits is filled", choices=MASK_FORMATS)
+    detection_guidance: bool = option(True, "let proposals prompt the mask decoder")
+    roi_helper: bool = option(True, "let features of the regions take part in choosing proposals")
+    box_prior_filter: bool = option(True, "drop chosen boxes whose masks disagree with the text's")
+    selection_threshold: float = option(settings.SELECTION_THRESHOLD, "least score of a chosen proposal", low=0, high=1)
+    box_prior_min_score: float = option(settings.BOX_PRIOR_MIN_SCORE, "least score of a box that the filter keeps", low=0, high=1)
+    box_prior_max_keep: int = option(settings.BOX_PRIOR_MAX_KEEP, "boxes that it keeps", low=1, high=settings.MAX_SELECTED_BOXES)
 
     @classmethod
     def from_parameters(cls, parameters: Parameters) -> Options:
@@ -43,16 +39,20 @@ class Options:
         for name, value in parameters.items():
             if name not in known:
                 raise InvalidInput(f"sparrow: got an option {name!r}, expected one of {', '.join(known)}. Remove it.")
-            default, meta = known[name].default, known[name].metadata
-            kind = type(default)
-            sound = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-            if (
-                not sound
-                or (meta["choices"] and value not in meta["choices"])
-                or (meta["low"] is not None and not meta["low"] <= value <= meta["high"])
-            ):
-                expected = " or ".join(meta["choices"]) or (
-                    kind.__name__ if meta["low"] is None else f"{kind.__name__} {meta['low']}..{meta['high']}"
-                )
-                raise InvalidInput(f"sparrow: got {name} = {value!r}, expected {expected}.")
+            if not is_sound(known[name], value):
+                raise InvalidInput(f"sparrow: got {name} = {value!r}, expected {values(known[name])}.")
         return cls(**parameters)
+
+
+def is_sound(entry: Field[Any], value: Any) -> bool:
+    """Whether a value has the type of the default and lies within the choices or bounds."""
+    kind, meta = type(entry.default), entry.metadata
+    if not isinstance(value, (int, float) if kind is float else kind) or (kind is not bool and isinstance(value, bool)):
+        return False
+    return (not meta["choices"] or value in meta["choices"]) and (meta["low"] is None or meta["low"] <= value <= meta["high"])
+
+
+def values(entry: Field[Any]) -> str:
+    """The values that an option takes, in words."""
+    kind, meta = type(entry.default).__name__, entry.metadata
+    return " or ".join(meta["choices"]) or (kind if meta["low"] is None else f"{kind} {meta['low']}..{meta['high']}")

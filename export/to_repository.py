@@ -6,12 +6,14 @@ import multiprocessing
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble import graph, settings
 from ensemble.components import components
 from ensemble.config import ModelConfig
+from ensemble.options import Options, values
 from ensemble.tensors import Component, Dim, TensorSpec
 
 if TYPE_CHECKING:
@@ -199,6 +201,12 @@ def tensor_table(model: Component) -> str:
     return "\n".join(["| | tensor | shape, dtype | meaning |", "|---|---|---|---|", *rows])
 
 
+def option_table() -> str:
+    """A Markdown table of the request parameters of `sparrow`."""
+    rows = [f"| `{entry.name}` | {values(entry)} | {entry.default} | {entry.metadata['doc']} |" for entry in fields(Options)]
+    return "\n".join(["| parameter | values | default | meaning |", "|---|---|---|---|", *rows])
+
+
 def describe(config: ModelConfig) -> str:
     """model_repository/README.md: the flow and the tensors of every Triton model, at the sizes of `config`."""
     contracts = components(config)
@@ -213,4 +221,6 @@ def describe(config: ModelConfig) -> str:
         limits = [f"{size}" for spec in (*model.inputs, *model.outputs) for size in spec.shape if isinstance(size, Dim)]
         note = f"Sizes: {', '.join(dict.fromkeys(limits))}." if limits else ""
         sections.append(f"## {model.name}\n\n{model.doc} {note}\n\n{tensor_table(model)}")
+        if model.name == "sparrow":
+            sections.append(f"Request parameters, all optional:\n\n{option_table()}")
     return "\n\n".join(sections) + "\n"
