@@ -32,14 +32,21 @@ check: $(VENV)/dev  ## formatting, lint, types, generated files; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m export.generate --check
+	$(BIN)/python -m benchmarks.tables --check
 
 fix: $(VENV)/dev  ## format, mend what the linter can, regenerate
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m export.generate
+	$(BIN)/python -m benchmarks.tables
 
-generate: $(VENV)/export  ## write config.pbtxt, model_repository/README.md and the client's stubs from the contracts
+generate: $(VENV)/export  ## write config.pbtxt, model_repository/README.md, the client's stubs and the README's tables
 	$(BIN)/python -m export.generate
+	$(BIN)/python -m benchmarks.tables
+
+bench: build/tiny/repository/built  ## measure the tiny model through the server and keep the figures
+	$(BIN)/sparrow serve --grpc-port 0 --http-port 0 --metrics-port 0 build/tiny/repository -- $(BIN)/sparrow bench
+	$(BIN)/python -m benchmarks.tables
 
 serve: $(VENV)/export $(if $(filter build/tiny/%,$(REPOSITORY)),build/tiny/repository/built)  ## run the server; REPOSITORY=folder for your own
 	$(BIN)/sparrow serve "$(REPOSITORY)"
@@ -70,4 +77,4 @@ $(VENV)/dev: $(VENV)/export
 	@SAM2_BUILD_CUDA=0 $(PIP) --no-deps --no-build-isolation sam2==1.1.0
 	@touch $@
 
-.PHONY: help demo test check fix generate serve clean
+.PHONY: help demo test check fix generate bench serve clean

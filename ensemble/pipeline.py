@@ -294,6 +294,7 @@ class Pipeline:
         branch = self._branch(clip, options)
         return {
             "answer": answer.text,
+            "preset": self.config.preset,
             "modality": "video" if clip.is_video else "image",
             "branch": branch,
             "video_init": options.video_init if branch == "tracked" else None,

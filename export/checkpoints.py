@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ensemble.config import (
+    FULL,
     ContextTowerConfig,
     HieraConfig,
     LanguageConfig,
@@ -178,8 +180,7 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
     if video_width not in VIDEO_HEADS:
         raise CheckpointError(f"{checkpoint.path('internvideo')}: got width {video_width}, expected one of {list(VIDEO_HEADS)}.")
     sam2 = "model.visual_model."
-    return ModelConfig(
-        preset=checkpoint.root.name,
+    config = ModelConfig(
         context=ContextTowerConfig(
             image_size=clip["image_size"],
             patch_size=clip["patch_size"],
@@ -225,6 +226,7 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
         ),
         selector=SelectorConfig(),
     )
+    return config if config == FULL else replace(config, preset=checkpoint.root.name)
 
 
 def hiera_config(tensors: Mapping[str, Tensor], prefix: str) -> HieraConfig:

@@ -1,0 +1,85 @@
+"""One measured figure is one JSON line under results/<gpu or cpu>/<suite>.jsonl; tables are rendered from these lines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(
+    suite: str, workload: str, metric: str, value: float | np.floating[Any], unit: str, samples: Sequence[float], env: dict[str, Any]
+) -> dict[str, Any]:
+    """A figure; `spread` is the interquartile range of the samples that it was computed from, in its unit."""
+    low, high = np.percentile(samples, [25, 75])
+    return {
+        "suite": suite,
+        "workload": workload,
+        "metric": metric,
+        "value": round(float(value), 3),
+        "unit": unit,
+        "n": len(samples),
+        "spread": round(float(high - low), 3),
+        "env": env,
+    }
+
+
+def append(records: Sequence[dict[str, Any]]) -> Path:
+    """Adds figures of one suite and machine to their file and returns it."""
+    folder = RESULTS / (records[0]["env"]["gpu"] or "cpu").lower().replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{records[0]['suite']}.jsonl"
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in records)
+    return path
+
+
+def latest(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """(workload, metric) to its last figure."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(line["workload"], line["metric"]): line for line in lines}
+
+
+def environment(url: str, preset: str) -> dict[str, Any]:
+    """What a figure depends on: this machine, and the server at `url` with its engine kinds and the preset of its model."""
+    import tritonclient.grpc as triton
+
+    with triton.InferenceServerClient(url) as client:
+        models = [model["name"] for model in client.get_model_repository_index(as_json=True)["models"]]
+        parameters = {name: client.get_model_config(name, as_json=True)["config"].get("parameters", {}) for name in models}
+        server = client.get_server_metadata(as_json=True)["version"]
+    gpu, driver = (*command("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").split(", "), None, None)[:2]
+    return {
+        "gpu": gpu or None,
+        "driver": driver,
+        "torch": installed("torch"),
+        "tritonserver": server,
+        "engine_kinds": {name: fields["engine_kind"]["string_value"] for name, fields in parameters.items() if "engine_kind" in fields},
+        "preset": preset,
+        "precision": "float32",
+        "git": command("git", "-C", str(RESULTS), "describe", "--always", "--dirty"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def command(*words: str) -> str:
+    """The first line that a command prints; empty where it is missing or fails."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip().split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

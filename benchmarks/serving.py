@@ -1,0 +1,78 @@
+"""`sparrow bench`: suite `serving`, what an application sees through gRPC, request after request on one connection."""
+
+from __future__ import annotations
+
+import time
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from sparrow_client import SparrowClient
+from tqdm import tqdm
+
+from .records import append, environment, record
+
+HEIGHT, WIDTH = 480, 854
+CLIP_FRAMES, TRACK_FRAMES, WARM_UP = 16, 100, 10
+OBJECTS = (1, 3)
+PROMPT = "Please segment the moving shape in this video."
+
+
+@click.command()
+@click.option("--server", default="localhost:8001", envvar="SPARROW_SERVER", show_default=True, show_envvar=True, help="host:port.")
+@click.option("--repeats", default=5, show_default=True, help="Clips to ask about.")
+def bench(server: str, repeats: int) -> None:
+    """Measure a running server and append the figures to benchmarks/results/."""
+    clip = moving_square(CLIP_FRAMES)
+    with SparrowClient(server) as client:
+        preset = client.segment(clip, PROMPT).summary.fields["preset"]  # and the first answer, which warms up
+        answers = [ask(client, clip) for _ in tqdm(range(repeats), desc="clips")]
+        tracked = {count: track(client, count) for count in OBJECTS}
+    env = environment(server, preset)
+    size = f"{HEIGHT}x{WIDTH}"
+    lines = [record("serving", f"clip_{CLIP_FRAMES}f_{size}", "first_answer_ms", np.median(answers), "ms", answers, env)]
+    for count, samples in tracked.items():
+        workload = f"track_{count}obj_{size}"
+        for metric, percentile in (("track_frame_ms_p50", 50), ("track_frame_ms_p99", 99)):
+            lines.append(record("serving", workload, metric, np.percentile(samples, percentile), "ms", samples, env))
+        lines.append(
+            record("serving", workload, "frames_per_s", 1000 / np.mean(samples), "1/s", [1000 / sample for sample in samples], env)
+        )
+    path = append(lines)
+    for line in lines:
+        click.echo(f"{line['workload']:<24} {line['metric']:<20} {line['value']:>9.1f} {line['unit']}")
+    click.echo(f"Added to {path}")
+
+
+def moving_square(num_frames: int) -> NDArray[np.uint8]:
+    """[T, H, W, 3]: a bright square that moves over noise; the same every time."""
+    frames = np.random.default_rng(0).integers(0, 128, (num_frames, HEIGHT, WIDTH, 3), np.uint8)
+    for index, frame in enumerate(frames):
+        left = 100 + 400 * index // num_frames
+        frame[150:300, left : left + 150] = 220
+    return frames
+
+
+def ask(client: SparrowClient, clip: NDArray[np.uint8]) -> float:
+    """Milliseconds until the masks of all frames are there; the answer has to have some."""
+    start = time.perf_counter()
+    answer = client.segment(clip, PROMPT)
+    elapsed = 1000 * (time.perf_counter() - start)
+    if len(answer.frames) != len(clip):
+        raise click.ClickException(
+            f"{PROMPT!r}: got masks for {len(answer.frames)} of {len(clip)} frames. Use a checkpoint that answers it."
+        )
+    return elapsed
+
+
+def track(client: SparrowClient, num_objects: int) -> list[float]:
+    """Milliseconds of each frame of a session with so many objects, behind the warm-up."""
+    frames = moving_square(CLIP_FRAMES)
+    boxes = np.array([[0.1 + 0.1 * index, 0.3, 0.3 + 0.1 * index, 0.6] for index in range(num_objects)], np.float32)
+    elapsed = []
+    with client.track(boxes=boxes) as session:
+        for index in tqdm(range(WARM_UP + TRACK_FRAMES), desc=f"{num_objects} objects"):
+            start = time.perf_counter()
+            session.push(frames[index % len(frames)])
+            elapsed.append(1000 * (time.perf_counter() - start))
+    return elapsed[WARM_UP:]

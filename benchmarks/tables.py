@@ -1,0 +1,53 @@
+"""Renders the tables of README.md from results/: `python -m benchmarks.tables [--check]`.
+
+A table stands between `<!-- results: cpu/serving -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from .records import RESULTS, latest
+
+README = RESULTS.parent.parent / "README.md"
+SHOWN = ("gpu", "driver", "torch", "tritonserver", "preset", "precision", "git", "date")
+"""What a table says of the machine and the server that it was measured on."""
+
+
+def table(results: Path) -> str:
+    """A Markdown table of the latest figures, and what they were measured on."""
+    lines = latest(results)
+    rows = [
+        f"| {workload} | {metric} | {line['value']:.1f} {line['unit']} | {line['n']} | {line['spread']:.1f} |"
+        for (workload, metric), line in lines.items()
+    ]
+    env = next(reversed(lines.values()))["env"]
+    measured = ", ".join(f"{key} {env[key]}" for key in SHOWN if env[key])
+    return "\n".join(["| workload | metric | value | n | interquartile range |", "|---|---|---|---|---|", *rows, "", f"On {measured}."])
+
+
+def render(text: str) -> str:
+    """`text` with every table rendered anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{table(RESULTS / f'{match[2]}.jsonl')}\n<!-- end -->"
+
+    return re.sub(r"(<!-- results: (\S+) -->).*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def main(check: bool) -> int:
+    """Writes the README, or says whether it is up to date; the exit status."""
+    text = README.read_text()
+    rendered = render(text)
+    if not check:
+        README.write_text(rendered)
+    elif text != rendered:
+        sys.stderr.write(f"{README.name}: its tables differ from benchmarks/results. Run: make generate\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
