@@ -71,7 +71,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 def read_folder(path: Path) -> Media:
     """All pictures of a folder in the order of their names; no frame is left out."""
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if not files:
         raise MediaError(f"{path}: no {', '.join(IMAGE_SUFFIXES)} files in the folder. Name a folder of frames.")
     if len(files) > MAX_FRAMES:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -54,16 +53,15 @@ def serve(repository: Path, command: tuple[str, ...], grpc_port: int, http_port:
     """
     command = command[1:] if command[:1] == ("--",) else command
     output = log.open("w") if log else None if command else sys.stderr
+    server = Server(repository, Ports(grpc_port, http_port, metrics_port), output)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A flag instead of KeyboardInterrupt, which is lost when it comes up in a callback of a library.
+        signal.signal(number, lambda *_: server.stopping.set())
     try:
-        with Server(repository, Ports(grpc_port, http_port, metrics_port), output) as server:
-            click.echo(
-                f"Ready: gRPC {server.url}, HTTP localhost:{server.ports.http}, metrics localhost:{server.ports.metrics}/metrics", err=True
-            )
-            try:
-                environment = {**os.environ, "SPARROW_SERVER": server.url}
-                status = subprocess.run(command, env=environment).returncode if command else server.wait()
-            except KeyboardInterrupt:
-                status = 0
+        with server:
+            ports = server.ports
+            click.echo(f"Ready: gRPC {server.url}, HTTP localhost:{ports.http}, metrics localhost:{ports.metrics}/metrics", err=True)
+            status = server.run(command)
     except ServerError as error:
         raise click.ClickException(str(error)) from error
     sys.exit(status)

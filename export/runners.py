@@ -32,6 +32,7 @@ class OnnxGraph:
     def __init__(self, path: Path) -> None:
         import onnxruntime
 
+        onnxruntime.disable_telemetry_events()  # a server tells nobody what it runs
         options = onnxruntime.SessionOptions()
         # Every component has a session of its own: threads that spin while they wait would take the cores from the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -15,14 +15,16 @@ import sysconfig
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import IO
 
 """Holds the packages `ensemble` and `export`, which the model.py files import."""
 
 STOP_TIMEOUT_S = 20
+POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that a child gets when its parent dies."""
 
@@ -66,6 +68,8 @@ class Server:
         self.repository, self.ports, self._log, self._ready_timeout_s = Path(repository), ports.chosen(), log, ready_timeout_s
         self._tail: deque[str] = deque(maxlen=400)
         self._stack = contextlib.ExitStack()
+        self.stopping = Event()
+        """Set by whoever wants the server to end, for instance a signal handler: `run` and the wait for its models return."""
 
     @property
     def url(self) -> str:
@@ -82,9 +86,20 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def wait(self) -> int:
-        """Blocks until the server ends by itself; its exit status."""
-        return self._process.wait()
+    def run(self, command: Sequence[str] = ()) -> int:
+        """Waits until a command has ended that finds the server in SPARROW_SERVER; without one, until the server ends.
+
+        Returns:
+            The exit status of what ended; 0 where nothing did and `stopping` is set.
+        """
+        environment = {**os.environ, "SPARROW_SERVER": self.url}
+        process = subprocess.Popen(command, env=environment) if command else self._process
+        while process.poll() is None and not self.stopping.wait(POLL_S):
+            pass
+        if command and process.poll() is None:
+            process.terminate()
+            process.wait()
+        return process.returncode or 0
 
     def _start(self, workspace: Path) -> None:
         if not (self.repository / "sparrow" / "config.pbtxt").exists():
@@ -140,7 +155,8 @@ class Server:
                 with contextlib.suppress(triton.InferenceServerException):
                     if client.is_server_ready(client_timeout=1):
                         return
-                time.sleep(0.1)
+                if self.stopping.wait(POLL_S):
+                    raise ServerError("Stopped before the server was ready.")
         raise ServerError(f"tritonserver was not ready after {self._ready_timeout_s:g} s.\n{self._failures()}")
 
     def _failures(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import queue
+import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -392,6 +394,21 @@ def test_port_in_use_is_one_readable_line(server, repository):
     assert run.returncode == 1
     assert f"grpc port {server.ports.grpc}: Address already in use" in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_serve_leaves_nothing_behind_when_it_is_stopped(repository, tmp_path, stop):
+    command = [sys.executable, "-c", "from sparrow_client.cli import main; main()", "serve", "--log", str(tmp_path / "log")]
+    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+    environment = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([*command, *ports, str(repository)], env=environment, stderr=subprocess.PIPE, text=True)
+    url = re.match(r"Ready: gRPC (\S+),", process.stderr.readline())[1]
+    process.send_signal(stop)
+    assert process.communicate(timeout=30) == (None, "")
+    assert process.returncode == 0
+    assert not list(tmp_path.glob("sparrow-*"))
+    with SparrowClient(url, timeout_s=5) as client:
+        assert not client.is_ready()
 
 
 def test_nobody_listening_is_server_unavailable():
