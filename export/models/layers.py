@@ -20,7 +20,8 @@ class Graph(nn.Module):
     """A component that is exported to one graph."""
 
     keys: ClassVar[dict[str, str]]
-    """Prefix of this module's state dict to "source:prefix" in the original checkpoint (`export.checkpoints.SOURCES`)."""
+    """Prefix of this module's state dict to "source:prefix" in the original checkpoint (`export.checkpoints.SOURCES`); prefixes with "|"
+    between them are alternatives, of which a checkpoint has one."""
 
     unused: ClassVar[tuple[str, ...]] = ()
     """Patterns of original keys under those prefixes that inference never reads."""
