@@ -33,7 +33,7 @@ from ensemble.config import (
     VideoTowerConfig,
 )
 
-from .models import MODULES, graph_class
+from .models import MODULES, empty_module, graph_class
 from .models.layers import Graph
 
 SOURCES = {
@@ -97,7 +97,7 @@ class Checkpoint:
 
     def build(self, component: str) -> Graph:
         """The component's module in float32 with its weights, ready for inference."""
-        return self.load(graph_class(component)(self.config)).requires_grad_(False).eval()
+        return self.load(empty_module(component, self.config)).requires_grad_(False).eval()
 
     def load(self, module: AnyGraph) -> AnyGraph:
         """Fills `module`; raises CheckpointError that lists every missing, unexpected or wrongly shaped key."""
@@ -115,7 +115,7 @@ class Checkpoint:
         problems += [f"missing {original_name(module, own)}" for own in expected if own not in found]
         if problems:
             raise CheckpointError(f"{self.root}: {type(module).__name__} does not fit:\n  " + "\n  ".join(problems))
-        module.load_state_dict(found)
+        module.load_state_dict(found, assign=True)
         return module
 
     def _matching(self, module: Graph) -> Iterable[tuple[str, str, Tensor]]:

@@ -200,10 +200,10 @@ def load_module(path: Path, component: str, config: ModelConfig) -> Module:
     """A component's module with the weights that `save_module` wrote."""
     from safetensors.torch import load_file
 
-    from .models import graph_class
+    from .models import empty_module
 
-    module = graph_class(component)(config)
-    module.load_state_dict(load_file(path))
+    module = empty_module(component, config)
+    module.load_state_dict(load_file(path), assign=True)
     return module.requires_grad_(False).eval()
 
 

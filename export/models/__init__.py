@@ -6,9 +6,12 @@ Every class is built from a `ModelConfig` and says in `keys` where its weights l
 from __future__ import annotations
 
 import importlib
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from .layers import Graph
+if TYPE_CHECKING:
+    from ensemble.config import ModelConfig
+
+    from .layers import Graph
 
 MODULES = {
     "vision_encoder": "vision_encoder:VisionEncoder",
@@ -31,4 +34,18 @@ def graph_class(component: str) -> type[Graph]:
     if component not in MODULES:
         raise KeyError(f"{component}: no such graph, expected one of {', '.join(MODULES)}.")
     file, name = MODULES[component].split(":")
-    return cast(type[Graph], getattr(importlib.import_module(f".{file}", __name__), name))
+    return cast("type[Graph]", getattr(importlib.import_module(f".{file}", __name__), name))
+
+
+def empty_module(component: str, config: ModelConfig) -> Graph:
+    """The component's module with weights that are not initialised: a full-size model would take minutes for random ones."""
+    from torch.overrides import TorchFunctionMode
+
+    class SkipInit(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return args[0] if args else kwargs["tensor"]
+            return func(*args, **(kwargs or {}))
+
+    with SkipInit():
+        return graph_class(component)(config)
