@@ -11,7 +11,7 @@ NumPy and tritonclient are all it needs.
 
 from ._client import SparrowClient, TrackSession
 from ._errors import CapacityExceeded, InvalidInput, RequestFailed, ServerUnavailable, SparrowClientError, UnknownSession
-from ._types import Answer, FrameMasks, Objects, Summary, TextPiece, TrackedObject
+from ._types import Answer, FrameMasks, Objects, Proposals, Summary, TextPiece, TrackedObject
 
 __all__ = [
     "Answer",
@@ -19,6 +19,7 @@ __all__ = [
     "FrameMasks",
     "InvalidInput",
     "Objects",
+    "Proposals",
     "RequestFailed",
     "ServerUnavailable",
     "SparrowClient",

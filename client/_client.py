@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from ._errors import InvalidInput, RequestFailed, ServerUnavailable, error_from_triton
 from ._stubs import INPUTS
-from ._types import Answer, Event, FrameMasks, Objects, Summary, TextPiece, frame_masks, objects_from_tensors, summary_from_json
+from ._types import Answer, Event, FrameMasks, Objects, Proposals, Summary, TextPiece, frame_masks, objects_from_tensors, summary_from_json
 
 SPARROW, SPARROW_TRACK = "sparrow", "sparrow_track"
 
@@ -66,6 +66,7 @@ class SparrowClient:
         """
         objects: list[Any] = []
         masks: list[FrameMasks] = []
+        proposals: Proposals | None = None
         for event in self.stream(frames, prompt, **request):
             if on_event:
                 on_event(event)
@@ -74,7 +75,9 @@ class SparrowClient:
             elif isinstance(event, FrameMasks):
                 masks.append(event)
             elif isinstance(event, Summary):
-                return Answer(event, objects, masks)
+                return Answer(event, objects, masks, proposals)
+            elif isinstance(event, Proposals):
+                proposals = event
         raise RequestFailed("sparrow: the stream ended without a summary. See the server's log.", SPARROW, "")
 
     def stream(
@@ -97,7 +100,7 @@ class SparrowClient:
             target_crop: [h, w, 3] uint8 RGB picture of the target.
             options: request parameters of `sparrow`, e.g. branch="framewise" (model_repository/README.md).
         Yields:
-            TextPiece as the text is generated, Objects once, FrameMasks per frame, Summary at the end.
+            TextPiece as the text is generated, Proposals if asked for, Objects once, FrameMasks per frame, Summary at the end.
         Raises:
             SparrowClientError: the request was refused or failed.
         """
@@ -116,7 +119,9 @@ class SparrowClient:
             elif "phrases" in response:
                 yield Objects(objects_from_tensors(response))
             elif "frame_idx" in response:
-                yield frame_masks(response, int(response["frame_idx"][0]), *response["frame_size"])
+                yield frame_masks(response, response["branch"][0].decode(), int(response["frame_idx"][0]), *response["frame_size"])
+            elif "proposal_frame" in response:
+                yield Proposals(response["proposal_frame"], response["proposal_boxes"], response["proposal_scores"])
             elif "summary" in response:
                 yield summary_from_json(json.loads(response["summary"][0]))
 
@@ -202,7 +207,7 @@ class TrackSession:
         response = self._infer(tensors, start=self.frame_idx == 0, end=False)
         self._open = True
         self.frame_idx += 1
-        return frame_masks(response, self.frame_idx - 1, *frame.shape[:2])
+        return frame_masks(response, "tracked", self.frame_idx - 1, *frame.shape[:2])
 
     def close(self) -> None:
         """Frees the session on the server."""

@@ -51,6 +51,7 @@ class FrameMasks:
         predicted_iou: [N] float32, the decoder's own estimate, 0..1.
         object_scores: [N] float32; > 0: the object is in the frame.
         visible: [N] bool; the mask is not empty and the score is positive.
+        branch: tracked or framewise.
     """
 
     frame_idx: int
@@ -58,6 +59,22 @@ class FrameMasks:
     predicted_iou: NDArray[np.float32]
     object_scores: NDArray[np.float32]
     visible: NDArray[np.bool_]
+    branch: str
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What boxes were chosen from; asked for with proposal_debug.
+
+    Args:
+        frame: [S, S, 3] uint8 RGB, the first frame, stretched to a square.
+        boxes: [P, 4] float32 xyxy, normalised, may leave 0..1.
+        scores: [P] float32, 0..1, descending.
+    """
+
+    frame: NDArray[np.uint8]
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -66,7 +83,7 @@ class Summary:
 
     Args:
         answer: the whole text.
-        branch: tracked or framewise.
+        branch: tracked, framewise or both.
         video_init: text_then_boxes or text_only; None when framewise.
         timings_ms: milliseconds per stage; stages overlap.
         fields: everything the server said.
@@ -79,30 +96,44 @@ class Summary:
     fields: dict[str, Any]
 
 
-Event = TextPiece | Objects | FrameMasks | Summary
+Event = TextPiece | Proposals | Objects | FrameMasks | Summary
 
 
 @dataclass
 class Answer:
-    """Everything a request brought."""
+    """Everything a request brought.
+
+    Args:
+        summary: how it came about.
+        objects: in the order of their [SEG].
+        frames: masks frame by frame; with branch="both" each frame comes once per branch.
+        proposals: with proposal_debug.
+    """
 
     summary: Summary
     objects: list[TrackedObject] = field(default_factory=list)
     frames: list[FrameMasks] = field(default_factory=list)
+    proposals: Proposals | None = None
 
     @property
     def text(self) -> str:
         return self.summary.answer
 
+    @property
+    def branches(self) -> dict[str, list[FrameMasks]]:
+        """Branch to its masks, frame by frame."""
+        names = ("framewise", "tracked") if self.summary.branch == "both" else (self.summary.branch,)
+        return {name: [frame for frame in self.frames if frame.branch == name] for name in names}
+
 
 Tensors = Mapping[str, NDArray[Any]]
 
 
-def frame_masks(tensors: Tensors, frame_idx: int, height: int, width: int) -> FrameMasks:
+def frame_masks(tensors: Tensors, branch: str, frame_idx: int, height: int, width: int) -> FrameMasks:
     """The masks of a response in the format `bits`."""
     bits = tensors["mask_bits"]
     masks = np.unpackbits(bits, axis=1, count=height * width).reshape(len(bits), height, width).astype(bool)
-    return FrameMasks(frame_idx, masks, tensors["predicted_iou"], tensors["object_scores"], tensors["visible"])
+    return FrameMasks(frame_idx, masks, tensors["predicted_iou"], tensors["object_scores"], tensors["visible"], branch)
 
 
 def objects_from_tensors(tensors: Tensors) -> list[TrackedObject]:

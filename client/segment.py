@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,31 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ._chat_files import write_chat_files
 from ._client import SparrowClient
 from ._errors import SparrowClientError
-from ._media import Media, MediaError, read_image, read_media
-from ._overlay import blend, write_picture, write_video
-from ._stubs import VIDEO_SAMPLE_FPS
+from ._media import MediaError, read_image, read_media
+from ._results import prepare_folder, write_results
+from ._stubs import OPTIONS, VIDEO_SAMPLE_FPS
 from ._types import Answer, Event, FrameMasks, TextPiece
+
+OURS = ("modality", "mask_format", "proposal_debug")
+"""Request parameters that the command sets itself."""
+
+
+def request_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command-line option for every request parameter of `sparrow`; None where it is not given."""
+    for name, entry in reversed(OPTIONS.items()):
+        if name in OURS:
+            continue
+        flag, default = f"--{name.replace('_', '-')}", entry["default"]
+        kind: Any = click.Choice(entry["choices"]) if entry["choices"] else type(default)
+        if isinstance(default, bool):
+            flag, kind = f"{flag}/--no-{flag[2:]}", None
+        elif entry["low"] is not None:
+            kind = (click.IntRange if isinstance(default, int) else click.FloatRange)(entry["low"], entry["high"])
+        command = click.option(flag, name, type=kind, default=None, help=f"{entry['doc']}  [default: {default}]")(command)
+    return command
 
 
 @click.command()
@@ -33,11 +51,6 @@ from ._types import Answer, Event, FrameMasks, TextPiece
     help="host:port of its gRPC endpoint.",
 )
 @click.option(
-    "--branch", type=click.Choice(["tracked", "framewise"]), default="tracked", show_default=True, help="How masks follow an object."
-)
-@click.option("--video-init", type=click.Choice(["text_then_boxes", "text_only"]), default="text_then_boxes", show_default=True)
-@click.option("--max-new-tokens", type=int, help="Longest answer.")
-@click.option(
     "--sample-fps",
     type=click.FloatRange(0, min_open=True),
     default=VIDEO_SAMPLE_FPS,
@@ -47,35 +60,49 @@ from ._types import Answer, Event, FrameMasks, TextPiece
 @click.option("--target-boxes", type=click.Path(exists=True, path_type=Path), help="Text file: a box per frame, 4 numbers a line.")
 @click.option("--target-crop", type=click.Path(exists=True, path_type=Path), help="Picture of the target.")
 @click.option("--timeout", "timeout_s", type=float, default=300, show_default=True, help="Seconds to wait for the next response.")
+@click.option("--chat-files", is_flag=True, help="Also write the files of the original's chat.py, to OUT/<stem of INPUT>/.")
+@click.option(
+    "--proposal-debug",
+    type=click.Choice(["none", "proposal", "selected", "both"]),
+    default="none",
+    show_default=True,
+    help="With the files of chat.py, those of its proposal_debug: proposals; also the selected boxes; the same for both branches.",
+)
+@request_options
 def segment(
     input: Path,
     prompt: str,
     out: Path,
     server: str,
-    branch: str,
-    video_init: str,
-    max_new_tokens: int | None,
     sample_fps: float,
     target_boxes: Path | None,
     target_crop: Path | None,
     timeout_s: float,
+    chat_files: bool,
+    proposal_debug: str,
+    **options: Any,
 ) -> None:
-    """Answer PROMPT about INPUT (picture, video or folder of frames) and draw what the answer mentions."""
+    """Ask a question (PROMPT) about INPUT, a video, a picture or a folder of frames, and write masks of what the answer mentions."""
     try:
         media = read_media(input, sample_fps)
         prepare_folder(out)
-        request: dict[str, Any] = {"modality": media.modality, "branch": branch, "video_init": video_init}
-        if max_new_tokens is not None:
-            request["max_new_tokens"] = max_new_tokens
+        request = {name: value for name, value in options.items() if value is not None}
+        if proposal_debug == "both":
+            request["branch"] = "both"
+        tensors: dict[str, Any] = {}
         if target_boxes:
-            request["target_boxes"] = read_boxes(target_boxes)
+            tensors["target_boxes"] = read_boxes(target_boxes)
         if target_crop:
-            request["target_crop"] = read_image(target_crop)
+            tensors["target_crop"] = read_image(target_crop)
+        asked = {"modality": media.modality, "proposal_debug": proposal_debug != "none", **request, **tensors}
         with SparrowClient(server, timeout_s=timeout_s) as client, Progress(len(media.frames)) as progress:
-            answer = client.segment(media.frames, prompt, on_event=progress, **request)
+            answer = client.segment(media.frames, prompt, on_event=progress, **asked)
     except (MediaError, SparrowClientError) as error:
         raise click.ClickException(str(error)) from error
     write_results(out, prompt, media, answer)
+    if chat_files or proposal_debug != "none":
+        arguments = {"input_path": input, "prompt_text": prompt, "vis_save_path": out, "proposal_debug_modes": proposal_debug, **request}
+        write_chat_files(out / input.stem, arguments, media, answer, proposal_debug)
     report(out, answer)
 
 
@@ -102,23 +129,7 @@ class Progress:
             self._bar.set_postfix_str(self._text[-60:])
         elif isinstance(event, FrameMasks):
             self._bar.set_description("masks")
-            self._bar.update()
-
-
-def prepare_folder(out: Path) -> None:
-    """Creates the folder for the results; raises MediaError when it holds anything but an earlier result."""
-    if out.exists() and not out.is_dir():
-        raise MediaError(f"{out}: a file, expected a folder. Choose another.")
-    if out.exists() and any(out.iterdir()) and not (out / "result.json").exists():
-        raise MediaError(f"{out}: not empty, and no earlier result. Choose another folder.")
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def clear_folder(out: Path) -> None:
-    """Removes the results of an earlier run, and nothing else."""
-    shutil.rmtree(out / "masks", ignore_errors=True)
-    for name in ("answer.txt", "result.json", "overlay.jpg", "overlay.mp4"):
-        (out / name).unlink(missing_ok=True)
+            self._bar.update(event.frame_idx + 1 - self._bar.n)
 
 
 def read_boxes(path: Path) -> NDArray[np.float32]:
@@ -133,57 +144,9 @@ def read_boxes(path: Path) -> NDArray[np.float32]:
     return boxes
 
 
-def write_results(out: Path, prompt: str, media: Media, answer: Answer) -> None:
-    """answer.txt, result.json, masks/<object>/<frame>.png and the overlay, in place of those of an earlier run."""
-    clear_folder(out)
-    (out / "answer.txt").write_text(answer.text + "\n")
-    (out / "result.json").write_text(json.dumps(result_fields(prompt, media, answer), indent=2))
-    for index in range(len(answer.objects)):
-        folder = out / "masks" / str(index)
-        folder.mkdir(parents=True)
-        for frame in answer.frames:
-            write_picture(folder / f"{media.names[frame.frame_idx]}.png", frame.masks[index].astype(np.uint8) * 255)
-    masks = {frame.frame_idx: frame.masks for frame in answer.frames}
-    nothing = np.zeros((0, *media.frames.shape[1:3]), bool)
-    drawn = [blend(frame, masks.get(index, nothing)) for index, frame in enumerate(media.frames)]
-    if media.modality == "image":
-        write_picture(out / "overlay.jpg", drawn[0])
-    else:
-        write_video(out / "overlay.mp4", drawn, media.fps)
-
-
-def result_fields(prompt: str, media: Media, answer: Answer) -> dict[str, Any]:
-    """result.json: the answer, and per object its boxes and an RLE mask per frame in COCO's compressed format."""
-    from pycocotools import mask as coco
-
-    def rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
-        encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-        return {"size": encoded["size"], "counts": encoded["counts"].decode()}
-
-    objects = [
-        {
-            "phrase": entry.phrase,
-            "selected_boxes_xyxy_norm": entry.selected_boxes.tolist(),
-            "boxes_xyxy_norm": entry.boxes.tolist(),
-            "frames": [
-                {
-                    "frame": media.names[frame.frame_idx],
-                    "mask": rle(frame.masks[index]),
-                    "predicted_iou": float(frame.predicted_iou[index]),
-                    "object_score": float(frame.object_scores[index]),
-                    "visible": bool(frame.visible[index]),
-                }
-                for frame in answer.frames
-            ],
-        }
-        for index, entry in enumerate(answer.objects)
-    ]
-    return {"prompt": prompt, **answer.summary.fields, "objects": objects}
-
-
 def report(out: Path, answer: Answer) -> None:
     """What a person wants to know first."""
     click.echo(f"Answer:  {answer.text}")
     click.echo(f"Objects: {', '.join(entry.phrase for entry in answer.objects) or 'none'}  ({answer.summary.branch})")
-    click.echo(f"Overlay: {next(out.glob('overlay.*'))}")
+    click.echo(f"Overlay: {', '.join(map(str, sorted(out.glob('overlay*'))))}")
     click.echo("Stages:  " + ", ".join(f"{name} {value:.0f} ms" for name, value in answer.summary.timings_ms.items()))

@@ -7,6 +7,9 @@ frames ─► vision_encoder / image_encoder ─► visual tokens ─► languag
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from . import settings
 from .config import ModelConfig
 from .tensors import Component, Dim, TensorSpec, Tolerance
@@ -20,6 +23,7 @@ SLOTS = Dim("slots", 1, 4096, 8192)
 STATES = Dim("states", 1, 1, settings.MAX_NEW_TOKENS)
 EMBEDDINGS = Dim("embeddings", 1, 1, settings.MAX_SESSIONS * settings.MAX_OBJECTS)
 OBJECTS = Dim("objects", 1, 1, settings.MAX_SESSIONS * settings.MAX_OBJECTS)
+PROPOSALS = Dim("proposals", 1, settings.PROPOSAL_TOPK, 300)
 PROMPTS = Dim("prompts", 1, 3, 16)
 MEMORIES = Dim("memories", 1, 7, 7)
 POINTERS = Dim("pointers", 1, 16, 16)
@@ -36,7 +40,7 @@ CROP_HEIGHT = Dim("crop_height", 1, 336, settings.MAX_FRAME_SIDE)
 CROP_WIDTH = Dim("crop_width", 1, 336, settings.MAX_FRAME_SIDE)
 TARGET_ROWS = Dim("target_rows", 1, 1, 65536)
 VISUAL_TOKENS = Dim("visual_tokens", 1, 3328, 8192)
-TARGET_TOKENS = Dim("target_tokens", 0, settings.TARGET_TOKENS, settings.TARGET_TOKENS)
+TARGET_TOKENS = Dim("target_tokens", 0, settings.TARGET_TOKENS, settings.MAX_TARGET_TOKENS)
 NEW_TOKENS = Dim("new_tokens", 0, 1, settings.MAX_NEW_TOKENS)
 
 ABSENT, PAD, NEGATIVE, POSITIVE, TOP_LEFT, BOTTOM_RIGHT, TEXT = -2, -1, 0, 1, 2, 3, 4
@@ -44,6 +48,9 @@ ABSENT, PAD, NEGATIVE, POSITIVE, TOP_LEFT, BOTTOM_RIGHT, TEXT = -2, -1, 0, 1, 2,
 
 VISUAL_PLACEHOLDER, TARGET_PLACEHOLDER = -200, -201
 """Values of `prompt_ids` that stand for visual and target tokens, as in the original."""
+
+TRACKING = ("frame_encoder", "memory_attention", "mask_decoder", "memory_encoder", "frame_preprocessor", "tracker", "sparrow_track")
+"""What SAM2 alone can do."""
 
 RECURRENT = Tolerance(2e-3, "softmax over thousands of keys amplifies float32 summation order")
 
@@ -60,9 +67,9 @@ def components(config: ModelConfig) -> dict[str, Component]:
     )
     one_frame = tuple(TensorSpec(spec.name, spec.dtype, (1, *spec.shape[1:]), spec.doc) for spec in frame_tensors)
     proposals = (
-        TensorSpec("proposal_boxes", "float32", (proposer.topk, 4), "xyxy, normalised, not clamped"),
-        TensorSpec("proposal_features", "float32", (proposer.topk, proposer.width), "last decoder states"),
-        TensorSpec("proposal_scores", "float32", (proposer.topk,), "0..1, descending"),
+        TensorSpec("proposal_boxes", "float32", (PROPOSALS, 4), "xyxy, normalised, not clamped"),
+        TensorSpec("proposal_features", "float32", (PROPOSALS, proposer.width), "last decoder states"),
+        TensorSpec("proposal_scores", "float32", (PROPOSALS,), "0..1, descending"),
     )
     object_frame = TensorSpec("object_frame", "int64", (OBJECTS,), "Index of the frame that each object is on.", below=FRAMES)
     cache_shape = (language.layers, SEQUENCES, language.heads, SLOTS, language.width // language.heads)
@@ -123,8 +130,13 @@ def components(config: ModelConfig) -> dict[str, Component]:
             "proposal_detector",
             "DDETR-SAM2: class-agnostic boxes of frame 0 (spec 4).",
             (TensorSpec("proposal_image", "float32", (1, 3, proposer.image_size, proposer.image_size), "ImageNet-normalised"),),
-            proposals,
-            tolerance=Tolerance(1e-3, "two top-k selections; boxes follow ranks, not values"),
+            (
+                TensorSpec("query_boxes", "float32", (proposer.queries, 4), "xyxy, normalised, not clamped; in the encoder's order"),
+                TensorSpec("query_features", "float32", (proposer.queries, proposer.width), "last decoder states"),
+                TensorSpec("coco_scores", "float32", (proposer.queries,), "0..1, of the head trained on COCO"),
+                TensorSpec("sa1b_scores", "float32", (proposer.queries,), "0..1, of the head trained on SA-1B"),
+            ),
+            tolerance=Tolerance(1e-3, "a top-k selection: queries follow ranks, not values"),
         ),
         Component(
             "proposal_selector",
@@ -135,8 +147,8 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 *one_frame,
             ),
             (
-                TensorSpec("selector_logits", "float32", (STATES, proposer.topk), "attention logits plus log score (A_old)"),
-                TensorSpec("roi_logits", "float32", (STATES, proposer.topk), "region-of-interest logits"),
+                TensorSpec("selector_logits", "float32", (STATES, PROPOSALS), "attention logits plus log score (A_old)"),
+                TensorSpec("roi_logits", "float32", (STATES, PROPOSALS), "region-of-interest logits"),
                 TensorSpec("refined_embeddings", "float32", (STATES, dim), "prompt embeddings plus fused proposal features"),
             ),
         ),
@@ -163,7 +175,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
                     above=-1,
                 ),
                 TensorSpec("object_pointers", "float32", (OBJECTS, POINTERS, dim), "pointers, any order"),
-                TensorSpec("pointer_present", "bool", (OBJECTS, POINTERS), "False: that pointer is masked out"),
+                TensorSpec("pointer_distances", "int64", (OBJECTS, POINTERS), "Frames since each pointer was made, -1 absent.", above=-1),
             ),
             (TensorSpec("conditioned_embeddings", "float32", (OBJECTS, dim, grid, grid), "what mask_decoder takes from frame 1 on"),),
             tolerance=RECURRENT,
@@ -209,6 +221,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 object_frame,
                 TensorSpec("mask_logits", "float32", (OBJECTS, sam2.low_res, sam2.low_res), "gated logits"),
                 TensorSpec("prompted", "bool", (OBJECTS,), "True: the mask is binarised first, as on a conditioning frame"),
+                TensorSpec("object_scores", "float32", (OBJECTS,), "> 0: the object is in the frame; read by SAM 2.1 only"),
             ),
             (TensorSpec("memory_maps", "float32", (OBJECTS, sam2.memory_width, grid, grid), "values representable in bfloat16"),),
             tolerance=Tolerance(1e-2, "one bfloat16 ulp (2^-8) where float32 noise crosses a rounding boundary"),
@@ -260,10 +273,13 @@ def components(config: ModelConfig) -> dict[str, Component]:
                     "boxes", "float32", (ANY_BOXES, 4), "the selected boxes that the prior filter kept, as sparrow_track takes them"
                 ),
                 TensorSpec("box_objects", "int32", (ANY_BOXES,), "object of each box"),
+                TensorSpec("proposal_frame", "uint8", (sam2.image_size, sam2.image_size, 3), "with proposal_debug: where they were found"),
+                *(proposals[0], proposals[2]),
+                TensorSpec("branch", "string", (1,), "tracked or framewise: how the masks in this response were made"),
                 TensorSpec("frame_idx", "int32", (1,), "frame of the masks in this response"),
                 TensorSpec("frame_size", "int32", (2,), "height and width of those masks"),
                 *tracked_masks,
-                TensorSpec("summary", "string", (1,), "JSON, last response: answer, branch, video_init, frame_size, timings_ms"),
+                TensorSpec("summary", "string", (1,), "JSON, last response: answer, branch, video_init, policy, timings_ms, ..."),
             ),
             serving="stream",
             calls=(
@@ -331,4 +347,11 @@ def components(config: ModelConfig) -> dict[str, Component]:
             calls=("frame_preprocessor", "frame_encoder", "tracker"),
         ),
     ]
-    return {component.name: component for component in (*graphs, *served)}
+    scopes: dict[str, Callable[[str], bool]] = {
+        "full": lambda name: True,
+        "unguided": lambda name: not name.startswith("proposal_"),
+        "tracking": lambda name: name in TRACKING,
+    }
+    there = scopes[config.scope]
+    kept = [component for component in (*graphs, *served) if there(component.name)]
+    return {component.name: replace(component, calls=tuple(filter(there, component.calls))) for component in kept}

@@ -92,7 +92,7 @@ class HieraConfig:
 
 @dataclass(frozen=True)
 class Sam2Config:
-    """SAM 2.0 with memory (spec 6, 7)."""
+    """SAM 2.0 with memory (spec 6, 7); SAM 2.1 adds `pointer_positions` and `absent_embedding` and nothing else."""
 
     image_size: int = 1024
     hiera: HieraConfig = field(default_factory=HieraConfig)
@@ -105,6 +105,10 @@ class Sam2Config:
     memory_mlp_width: int = 2048
     num_maps: int = 7
     """Memory maps that a frame attends to: the conditioning frame's and the most recent ones (num_maskmem)."""
+    pointer_positions: bool = False
+    """Object pointers tell how many frames ago they were made (add_tpos_enc_to_obj_ptrs, proj_tpos_enc_in_obj_ptrs)."""
+    absent_embedding: bool = False
+    """The memory of a frame without the object says so (no_obj_embed_spatial)."""
 
     @property
     def grid(self) -> int:
@@ -148,6 +152,8 @@ class SelectorConfig:
 
     width: int = 256
     roi_size: int = 7
+    trained_gamma: float | None = None
+    """The checkpoint's roi_fusion_gamma, which the original never loads (spec 5.4)."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,8 @@ class ModelConfig:
     """Sizes of the whole system."""
 
     preset: str = "full"
+    scope: str = "full"
+    """What the checkpoint can do: full; unguided (no selector: proposals do not take part); tracking (SAM2 alone)."""
     num_frames: int = 16
     """Frames that the vision towers see (NUM_FRAMES)."""
     context: ContextTowerConfig = field(default_factory=ContextTowerConfig)
@@ -178,7 +186,12 @@ class ModelConfig:
     def max_sequence(self) -> int:
         """Slots of the key/value cache of one answer."""
         visual = max(self.video_tokens, self.context_tokens)
-        return visual + settings.MAX_PROMPT_TOKENS + settings.TARGET_TOKENS + settings.MAX_NEW_TOKENS
+        return visual + settings.MAX_PROMPT_TOKENS + settings.MAX_TARGET_TOKENS + settings.MAX_NEW_TOKENS
+
+    @property
+    def guided(self) -> bool:
+        """Whether proposals can take part."""
+        return self.scope == "full"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

@@ -129,6 +129,12 @@ def stretch(x: Array, axis: int, size: int) -> Array:
     return (1 - weight) * x.take(low, axis) + weight * x.take(high, axis)
 
 
+def denormalise(grounding: Array) -> Array:
+    """The picture that a grounding frame was made of, stretched to a square: [3, S, S] float32 -> [S, S, 3] uint8 RGB."""
+    pixels = grounding.transpose(1, 2, 0) * np.array(settings.SAM_STD, np.float32) + np.array(settings.SAM_MEAN, np.float32)
+    return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
+
+
 def proposal_image(grounding: Array, config: ModelConfig) -> Array:
     """The proposer's picture, rebuilt from the grounding frame as the original does: denormalise, round, bicubic resize.
 
@@ -137,8 +143,7 @@ def proposal_image(grounding: Array, config: ModelConfig) -> Array:
     Returns:
         [P, P, 3] uint8 RGB, P = config.proposer.image_size.
     """
-    pixels = grounding.transpose(1, 2, 0) * np.array(settings.SAM_STD, np.float32) + np.array(settings.SAM_MEAN, np.float32)
-    picture = Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
+    picture = Image.fromarray(denormalise(grounding))
     return np.asarray(picture.resize((config.proposer.image_size,) * 2, Image.Resampling.BICUBIC))
 
 

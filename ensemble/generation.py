@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -11,11 +13,15 @@ from . import settings
 from .components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER, components
 from .config import ModelConfig
 from .errors import InvalidInput, SparrowError
-from .runner import SequenceRequest
+from .runner import Parameters, SequenceRequest
+from .sampling import Sampling, draw, greedy
 from .sessions import SessionStore
 from .tensors import Array, Arrays
 
 NO_SLOT = NO_TOKEN = -1
+
+SAMPLING = "sampling"
+"""Request parameter of START: a `Sampling`; without it decoding is greedy."""
 
 
 class Decoder(Protocol):
@@ -41,6 +47,8 @@ class Answer:
     slot: int
     length: int
     """Cache positions in use."""
+    choose: Callable[[Array], int] = greedy
+    """Logits to the next token."""
     last_token: int = NO_TOKEN
     finished: bool = False
 
@@ -57,6 +65,14 @@ class Turn:
     @property
     def waiting(self) -> bool:
         return not self.answer.finished and len(self.token_ids) < self.num_tokens
+
+
+def chooser(parameters: Parameters) -> Callable[[Array], int]:
+    """Greedy, or draws where the request asks for them."""
+    if SAMPLING not in parameters:
+        return greedy
+    sampling = Sampling.from_json(parameters[SAMPLING])
+    return partial(draw, sampling=sampling, generator=sampling.generator())
 
 
 class LanguageModel:
@@ -105,7 +121,7 @@ class LanguageModel:
             raise InvalidInput(
                 f"language_model: got {len(embeddings)} tokens, expected at most {self._config.max_sequence}. Shorten the prompt."
             )
-        answer = self.sessions.open(request.session_id, Answer(NO_SLOT, len(embeddings)))
+        answer = self.sessions.open(request.session_id, Answer(NO_SLOT, len(embeddings), chooser(request.parameters)))
         used = {other.slot for other in self.sessions.states()}
         answer.slot = next(slot for slot in range(settings.MAX_GENERATIONS) if slot not in used)
         turn = Turn(answer, max(1, num_tokens))
@@ -123,8 +139,7 @@ class LanguageModel:
         return np.concatenate([tokens.get(id, word[None]) for id, word in zip(ids.tolist(), words, strict=True)])
 
     def _accept(self, turn: Turn, logits: Array, state: Array) -> None:
-        """Greedy choice: the first largest logit (spec 3.3)."""
-        answer, token_id = turn.answer, int(logits.argmax())
+        answer, token_id = turn.answer, turn.answer.choose(logits)
         answer.last_token = token_id
         turn.token_ids.append(token_id)
         turn.states.append(state)

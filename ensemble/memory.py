@@ -13,6 +13,19 @@ def ring_slot(frame_idx: int, recent: int) -> int:
     return 1 + (frame_idx - 1) % recent
 
 
+def slot_distances(frame_idx: int, slots: int) -> Array:
+    """How many frames before frame `frame_idx` (1, 2, ...) each slot of a bank was written.
+
+    Returns:
+        [min(frame_idx, slots)] int64, 1 or more; slot 0 is frame 0's.
+    """
+    distances = np.empty(min(frame_idx, slots), np.int64)
+    distances[0] = frame_idx
+    for distance in range(1, len(distances)):
+        distances[ring_slot(frame_idx - distance, slots - 1)] = distance
+    return distances
+
+
 def temporal_rows(frame_idx: int, num_maps: int) -> Array:
     """What frame `frame_idx` (1, 2, ...) sees in each slot of the map bank.
 
@@ -20,11 +33,8 @@ def temporal_rows(frame_idx: int, num_maps: int) -> Array:
         [min(frame_idx, num_maps)] int64: row of the temporal table; the conditioning frame has the last row, the frame d
         steps ago has row d - 1.
     """
-    recent = num_maps - 1
-    rows = np.empty(min(frame_idx, num_maps), np.int64)
-    rows[0] = recent
-    for distance in range(1, len(rows)):
-        rows[ring_slot(frame_idx - distance, recent)] = distance - 1
+    rows = slot_distances(frame_idx, num_maps) - 1
+    rows[0] = num_maps - 1
     return rows
 
 
@@ -58,6 +68,11 @@ class MemoryBank:
     def pointers(self) -> Array:
         """[O, P, D]: the slots in use; P grows to 1 + MAX_RECENT_POINTERS."""
         return self._pointers[:, : min(self.frame_idx, self._pointers.shape[1])]
+
+    @property
+    def pointer_distances(self) -> Array:
+        """[P] int64: how many frames before the next one each pointer was made."""
+        return slot_distances(self.frame_idx, self._pointers.shape[1])
 
     def append(self, maps: Array, pointers: Array) -> None:
         """Stores the frame just tracked over the oldest recent one.

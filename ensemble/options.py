@@ -6,6 +6,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from . import settings
+from .components import PROPOSALS
 from .errors import InvalidInput
 from .masks import MASK_FORMATS
 from .runner import Parameters
@@ -18,19 +19,37 @@ def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float 
 
 @dataclass(frozen=True)
 class Options:
-    """What a request may change (spec 9)."""
+    """What a request may change (spec 9); the defaults are those of the original's chat.py, decoding apart (ADR 0002)."""
 
     modality: str = option("auto", "auto: one frame is an image, more are a video", choices=("auto", "video", "image"))
-    branch: str = option("tracked", "how masks of a video follow an object; an image is always framewise", choices=("tracked", "framewise"))
+    branch: str = option(
+        "tracked", "how masks of a video follow an object; an image is always framewise", choices=("tracked", "framewise", "both")
+    )
     video_init: str = option("text_then_boxes", "what conditions the tracker on frame 0", choices=("text_then_boxes", "text_only"))
-    max_new_tokens: int = option(settings.MAX_NEW_TOKENS, "longest answer", low=1, high=settings.MAX_NEW_TOKENS)
     mask_format: str = option("rle", "which of mask_rle and mask_bits is filled", choices=MASK_FORMATS)
+
+    max_new_tokens: int = option(settings.MAX_NEW_TOKENS, "longest answer", low=1, high=settings.MAX_NEW_TOKENS)
+    do_sample: bool = option(False, "draw tokens at random instead of taking the likeliest")
+    temperature: float = option(1.0, "of the draw", low=0.01, high=10)
+    top_k: int = option(settings.SAMPLING_TOP_K, "tokens to draw from, the likeliest", low=1, high=settings.MAX_SAMPLING_TOP_K)
+    seed: int = option(0, "of the draw: the same seed gives the same answer", low=0, high=2**31 - 1)
+
+    target_placeholders: bool = option(False, "reserve target tokens without a target; they are zeros")
+    target_tokens: int = option(settings.TARGET_TOKENS, "tokens that stand for the target", low=1, high=settings.MAX_TARGET_TOKENS)
+    target_kmeans_steps: int = option(settings.TARGET_KMEANS_STEPS, "most steps that choose them", low=0, high=100)
+
     detection_guidance: bool = option(True, "let proposals prompt the mask decoder")
+    proposal_topk: int = option(settings.PROPOSAL_TOPK, "proposals to choose from", low=1, high=PROPOSALS.max)
+    coco_score_power: float = option(settings.COCO_SCORE_POWER, "weight of the COCO head in a proposal's score", low=0, high=10)
+    sa1b_score_power: float = option(settings.SA1B_SCORE_POWER, "weight of the SA-1B head", low=0, high=10)
+    selection_threshold: float = option(settings.SELECTION_THRESHOLD, "least probability of a chosen proposal", low=0, high=1)
     roi_helper: bool = option(True, "let features of the regions take part in choosing proposals")
-    box_prior_filter: bool = option(True, "drop chosen boxes whose masks disagree with the text's")
-    selection_threshold: float = option(settings.SELECTION_THRESHOLD, "least score of a chosen proposal", low=0, high=1)
+    roi_fusion_gamma: float = option(settings.ROI_FUSION_GAMMA, "their weight", low=0, high=1)
+    trained_roi_fusion_gamma: bool = option(False, "take the checkpoint's roi_fusion_gamma instead, which the original never loads")
+    box_prior_filter: bool = option(True, "drop chosen boxes whose masks do not fill them")
     box_prior_min_score: float = option(settings.BOX_PRIOR_MIN_SCORE, "least score of a box that the filter keeps", low=0, high=1)
     box_prior_max_keep: int = option(settings.BOX_PRIOR_MAX_KEEP, "boxes that it keeps", low=1, high=settings.MAX_SELECTED_BOXES)
+    proposal_debug: bool = option(False, "also return the proposals and the picture that they were found in")
 
     @classmethod
     def from_parameters(cls, parameters: Parameters) -> Options:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from threading import Lock
 from typing import Any
 
@@ -24,9 +24,11 @@ from .components import components
 from .config import LanguageConfig, ModelConfig
 from .decoding import BOX, BOX_AND_TEXT, TEXT_ONLY, Prompts, decode_masks
 from .errors import CapacityExceeded, InvalidInput
+from .generation import SAMPLING
 from .options import Options
 from .prompt import check_prompt, phrases, prompt_ids
 from .runner import Parameters, Runner, open_session
+from .sampling import Sampling
 from .tensors import Array, Arrays
 from .tokenizer import Tokenizer
 
@@ -59,26 +61,23 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer, language: LanguageConfig) -> None:
         self._tokenizer, self._language = tokenizer, language
-        self._words: list[int] = []
+        self.token_ids: list[int] = []
+        """Everything generated, with the end token."""
         self.text = ""
         """Without the end token."""
         self.seg: list[Array] = []
         self.box: list[Array] = []
         """Embeddings of the [SEG] and [BOX] tokens in order, [C] float32 each."""
-        self.num_tokens = 0
-        """Generated, with the end token."""
 
     def accept(self, token_ids: Array, embeddings: Array, is_last: bool) -> str:
         """Adds tokens; the new piece of text. A character whose bytes are not complete waits for the next piece."""
         for token_id, embedding in zip(token_ids.tolist(), embeddings, strict=True):
-            self.num_tokens += 1
+            self.token_ids.append(token_id)
             if token_id == self._language.seg_token_id:
                 self.seg.append(embedding)
             elif token_id == self._language.box_token_id:
                 self.box.append(embedding)
-            if token_id not in self._language.eos_token_ids:
-                self._words.append(token_id)
-        text = self._tokenizer.decode(self._words)
+        text = self._tokenizer.decode([token_id for token_id in self.token_ids if token_id not in self._language.eos_token_ids])
         text = text if is_last else text.rstrip("\ufffd")
         piece, self.text = text[len(self.text) :], text
         return piece
@@ -97,6 +96,10 @@ class Objects:
     embeddings: Array
     selected: list[Array]
     boxes: list[Array]
+
+
+FrameDecoder = Callable[[Arrays], Arrays]
+"""A frame's features to the masks of its objects."""
 
 
 class Timings:
@@ -140,27 +143,29 @@ class Pipeline:
         Raises:
             SparrowError: the request is refused or a component failed.
         """
-        options = Options.from_parameters(parameters)
+        options = self._resolve(Options.from_parameters(parameters))
         timings = Timings()
         with timings.stage("total"):
             with timings.stage("preprocess"):
                 self._contract.check_inputs(inputs)
-                with_targets = "target_boxes" in inputs or "target_crop" in inputs
+                with_targets = "target_boxes" in inputs or "target_crop" in inputs or options.target_placeholders
                 ids = np.array(prompt_ids(self.tokenizer, read_prompt(inputs), with_targets), np.int32)
                 clip = read_clip(inputs, options)
             with ThreadPoolExecutor(settings.FRAMES_AHEAD, thread_name_prefix="sparrow") as pool:
                 # Frames and proposals do not depend on the text: they are computed while the language model runs.
                 encoded = FrameFeatures(self, clip, pool, timings)
-                proposals = pool.submit(self._proposals, encoded, timings) if options.detection_guidance else None
+                proposals = pool.submit(self._proposals, encoded, options, timings) if options.detection_guidance else None
                 try:
                     answer = yield from self._generate(ids, inputs, clip, options, timings)
+                    if options.proposal_debug:
+                        yield debug_response(encoded.first_grounding.result(), proposals.result() if proposals else NO_PROPOSALS)
                     if answer.seg:
                         yield from self._masks(clip, answer, encoded, proposals, options, timings)
                 finally:
                     encoded.cancel()
                     if proposals:
                         proposals.cancel()
-        yield {"summary": np.array([json.dumps(self._summary(clip, answer, options, timings)).encode()], object)}
+        yield {"summary": np.array([json.dumps(self._summary(ids, clip, answer, options, timings)).encode()], object)}
 
     def _generate(self, ids: Array, inputs: Arrays, clip: Clip, options: Options, timings: Timings) -> Generator[Arrays, None, Answer]:
         """Yields text; returns the answer."""
@@ -168,13 +173,10 @@ class Pipeline:
         with timings.stage("vision"):
             seen = clip.frames[preprocess.encoder_indices(len(clip.frames), self.config.num_frames)] if clip.is_video else clip.frames[:1]
             request: Arrays = {"prompt_ids": ids, "visual_tokens": self._visual_tokens(seen, clip.is_video)}
-            crops = [inputs["target_crop"]] if "target_crop" in inputs else []
-            if "target_boxes" in inputs:
-                crops = targets.crop_targets(seen, inputs["target_boxes"])
-            if crops:
-                features = self._image_tokens(crops).mean(1)  # [n, S, H] -> [n, H]
-                request["target_tokens"] = targets.medoids(features)
-        with open_session(self.runner, "language_model") as session:
+            request |= self._target_tokens(seen, inputs, clip, options)
+        sampling = Sampling(options.temperature, options.top_k, options.seed)
+        parameters = {SAMPLING: sampling.to_json()} if options.do_sample else {}
+        with open_session(self.runner, "language_model", parameters) as session:
             for step in range(options.max_new_tokens):
                 with timings.stage("decode" if step else "prefill"):
                     output = session.step({"num_tokens": np.ones(1, np.int32), **(request if step == 0 else {})})
@@ -185,6 +187,20 @@ class Pipeline:
                 if finished:
                     break
         return answer
+
+    def _target_tokens(self, seen: Array, inputs: Arrays, clip: Clip, options: Options) -> Arrays:
+        """The input target_tokens of language_model, where there is a target or room is kept for one (spec 1.7)."""
+        most = min(options.target_tokens, settings.MAX_TARGET_TOKENS if clip.is_video else 1)
+        if "target_crop" in inputs:
+            crops = [inputs["target_crop"]]
+        elif "target_boxes" in inputs:
+            crops = targets.crop_targets(seen, inputs["target_boxes"])
+        elif options.target_placeholders:
+            return {"target_tokens": np.zeros((most, self.config.language.width), np.float32)}
+        else:
+            return {}
+        features = self._image_tokens(crops).mean(1)  # [n, S, H] -> [n, H]
+        return {"target_tokens": targets.medoids(features, options.target_tokens, options.target_kmeans_steps)[:most]}
 
     def _visual_tokens(self, seen: Array, is_video: bool) -> Array:
         """[S, H] float32."""
@@ -199,11 +215,12 @@ class Pipeline:
         context = np.stack([preprocess.context_frame(picture, self.config) for picture in pictures])
         return self.runner.run("image_encoder", {"context_frames": context})["image_tokens"]
 
-    def _proposals(self, encoded: FrameFeatures, timings: Timings) -> Arrays:
+    def _proposals(self, encoded: FrameFeatures, options: Options, timings: Timings) -> Arrays:
         """Boxes of frame 0."""
         with timings.stage("proposals"):
             picture = preprocess.proposal_image(encoded.first_grounding.result(), self.config)
-            return self.runner.run("proposal_detector", {"proposal_image": preprocess.proposal_frame(picture)})
+            detected = self.runner.run("proposal_detector", {"proposal_image": preprocess.proposal_frame(picture)})
+            return selection.rank(detected, options.proposal_topk, options.coco_score_power, options.sa1b_score_power)
 
     def _masks(
         self, clip: Clip, answer: Answer, encoded: FrameFeatures, proposals: Future[Arrays] | None, options: Options, timings: Timings
@@ -217,16 +234,25 @@ class Pipeline:
             **flatten_boxes(objects.selected, "selected_boxes", "selected_box_objects"),
             **flatten_boxes(objects.boxes, "boxes", "box_objects"),
         }
-        by_frame = self._decode_framewise
-        if self._branch(clip, options) == "tracked":
-            if len(answer.seg) > settings.MAX_OBJECTS:
-                raise CapacityExceeded(
-                    f"sparrow: the answer names {len(answer.seg)} objects, expected at most {settings.MAX_OBJECTS} to track. "
-                    "Ask for fewer, or use branch framewise."
-                )
-            by_frame = self._track
-        for frame_idx, response in enumerate(by_frame(clip, objects, encoded, options, timings)):
-            yield {"frame_idx": np.array([frame_idx], np.int32), "frame_size": np.array(clip.size, np.int32), **response}
+        branches = self._branches(clip, options)
+        if "tracked" in branches and len(answer.seg) > settings.MAX_OBJECTS:
+            raise CapacityExceeded(
+                f"sparrow: the answer names {len(answer.seg)} objects, expected at most {settings.MAX_OBJECTS} to track. "
+                "Ask for fewer, or use branch framewise."
+            )
+        start = {"framewise": self._framewise, "tracked": self._tracked}
+        with ExitStack() as stack:
+            decoders = {branch: stack.enter_context(start[branch](clip, objects, options)) for branch in branches}
+            for frame_idx, frame in enumerate(encoded):
+                for branch, decode in decoders.items():
+                    with timings.stage("masks"):
+                        response = decode(frame)
+                    yield {
+                        "branch": np.array([branch.encode()], object),
+                        "frame_idx": np.array([frame_idx], np.int32),
+                        "frame_size": np.array(clip.size, np.int32),
+                        **response,
+                    }
 
     def _select(self, clip: Clip, answer: Answer, frame: Arrays, proposals: Future[Arrays] | None, options: Options) -> Objects:
         """Boxes and embeddings of every [SEG] (spec 5)."""
@@ -236,7 +262,9 @@ class Pipeline:
             return Objects(seg, none, none)
         found = proposals.result()
         scored = self.runner.run("proposal_selector", {"prompt_embeddings": np.stack(answer.box or answer.seg), **found, **frame})
-        probabilities = selection.fuse(scored["selector_logits"], scored["roi_logits"] if options.roi_helper else None)
+        probabilities = selection.fuse(
+            scored["selector_logits"], scored["roi_logits"], options.roi_fusion_gamma if options.roi_helper else 0.0
+        )
         chosen = selection.choose(probabilities, options.selection_threshold)
         selected = selection.align([found["proposal_boxes"][indices] for indices in chosen], len(seg))
         boxes = self._filter(clip, selected, frame, options) if options.box_prior_filter else selected
@@ -253,9 +281,8 @@ class Pipeline:
         limits = options.box_prior_min_score, options.box_prior_max_keep
         return [boxes[selection.keep(own, *limits)] for boxes, own in zip(selected, by_object, strict=True)]
 
-    def _decode_framewise(
-        self, clip: Clip, objects: Objects, encoded: FrameFeatures, options: Options, timings: Timings
-    ) -> Iterator[Arrays]:
+    @contextmanager
+    def _framewise(self, clip: Clip, objects: Objects, options: Options) -> Iterator[FrameDecoder]:
         """Every frame on its own, with the boxes of frame 0 (spec 6)."""
         owners = np.repeat(np.arange(len(objects.boxes)), [len(boxes) for boxes in objects.boxes])
         if all(map(len, objects.boxes)):
@@ -265,45 +292,69 @@ class Pipeline:
             owners = np.arange(len(objects.embeddings))
             prompts = Prompts(TEXT_ONLY, np.zeros(len(owners), np.int64), False, text=objects.embeddings)
         starts = np.flatnonzero(np.diff(owners, prepend=-1))
-        for frame in encoded:
-            with timings.stage("masks"):
-                decoded = decode_masks(self.runner, frame, prompts)
-                best = {name: np.maximum.reduceat(decoded[name], starts) for name in ("mask_logits", "predicted_iou", "object_scores")}
-                binary = masks.binary_masks(best["mask_logits"], *clip.size)
-                response = masks.respond(binary, best, {"mask_format": options.mask_format})
-            yield response
 
-    def _track(self, clip: Clip, objects: Objects, encoded: FrameFeatures, options: Options, timings: Timings) -> Iterator[Arrays]:
+        def decode(frame: Arrays) -> Arrays:
+            decoded = decode_masks(self.runner, frame, prompts)
+            best = {name: np.maximum.reduceat(decoded[name], starts) for name in ("mask_logits", "predicted_iou", "object_scores")}
+            binary = masks.binary_masks(best["mask_logits"], *clip.size)
+            return masks.respond(binary, best, {"mask_format": options.mask_format})
+
+        yield decode
+
+    @contextmanager
+    def _tracked(self, clip: Clip, objects: Objects, options: Options) -> Iterator[FrameDecoder]:
         """Frame 0 from text and boxes, every other frame from memory (spec 7)."""
         start: Arrays = {"text_embeddings": objects.embeddings}
         if options.video_init == "text_then_boxes":
             start |= flatten_boxes(objects.boxes, "boxes", "box_objects")
         frame_size = np.array(clip.size, np.int32)
         with open_session(self.runner, "tracker", {"mask_format": options.mask_format}) as session:
-            for frame_idx, frame in enumerate(encoded):
-                with timings.stage("masks"):
-                    one_frame = {name: array[0] for name, array in frame.items()}
-                    inputs = {**one_frame, "frame_size": frame_size, **(start if frame_idx == 0 else {})}
-                    response = session.step(inputs, end=frame_idx == len(clip.frames) - 1)
-                yield response
 
-    def _branch(self, clip: Clip, options: Options) -> str:
-        return options.branch if clip.is_video else "framewise"
+            def decode(frame: Arrays) -> Arrays:
+                one_frame = {name: array[0] for name, array in frame.items()}
+                return session.step({**one_frame, "frame_size": frame_size, **({} if session.started else start)})
 
-    def _summary(self, clip: Clip, answer: Answer, options: Options, timings: Timings) -> dict[str, Any]:
-        branch = self._branch(clip, options)
+            yield decode
+
+    def _branches(self, clip: Clip, options: Options) -> tuple[str, ...]:
+        if not clip.is_video:
+            return ("framewise",)
+        return ("framewise", "tracked") if options.branch == "both" else (options.branch,)
+
+    def _resolve(self, options: Options) -> Options:
+        """`options` as this checkpoint can serve them; raises InvalidInput where it cannot."""
+        trained = self.config.selector.trained_gamma
+        if options.trained_roi_fusion_gamma:
+            if trained is None:
+                raise InvalidInput("sparrow: got trained_roi_fusion_gamma, but the checkpoint holds none. Send roi_fusion_gamma.")
+            options = replace(options, roi_fusion_gamma=min(max(trained, 0.0), 1.0))
+        return replace(options, detection_guidance=options.detection_guidance and self.config.guided)
+
+    def _summary(self, ids: Array, clip: Clip, answer: Answer, options: Options, timings: Timings) -> dict[str, Any]:
+        branches = self._branches(clip, options)
         return {
             "answer": answer.text,
+            "full_text": self.tokenizer.decode([*ids[ids >= 0].tolist(), *answer.token_ids]),
             "preset": self.config.preset,
             "modality": "video" if clip.is_video else "image",
-            "branch": branch,
-            "video_init": options.video_init if branch == "tracked" else None,
+            "branch": "both" if len(branches) > 1 else branches[0],
+            "video_init": options.video_init if "tracked" in branches else None,
+            "guidance": self._guidance(answer, options),
+            "policy": asdict(options),
             "frame_size": list(clip.size),
             "num_frames": len(clip.frames),
             "num_objects": len(answer.seg),
-            "num_tokens": answer.num_tokens,
+            "num_tokens": len(answer.token_ids),
             "timings_ms": {name: round(value, 1) for name, value in timings.milliseconds.items()},
         }
+
+    def _guidance(self, answer: Answer, options: Options) -> str:
+        """Whether proposals took part, in the words of the original's debug_info.txt and one of ours."""
+        if not self.config.guided:
+            return "checkpoint_without_selector"
+        if not options.detection_guidance:
+            return "detection_guidance_disabled"
+        return "ok" if answer.seg or answer.box else "no_selector_embeddings"
 
 
 class FrameFeatures:
@@ -347,6 +398,18 @@ class FrameFeatures:
         grounding = self.first_grounding.result() if index == 0 else self._ground(index)
         with self._timings.stage("encode"):
             return self._pipeline.runner.run("frame_encoder", {"grounding_frames": grounding[None]})
+
+
+NO_PROPOSALS: Arrays = {"proposal_boxes": np.zeros((0, 4), np.float32), "proposal_scores": np.zeros(0, np.float32)}
+
+
+def debug_response(grounding: Array, proposals: Arrays) -> Arrays:
+    """The proposals and the picture that they were found in, as the original shows them."""
+    return {
+        "proposal_frame": preprocess.denormalise(grounding),
+        "proposal_boxes": proposals["proposal_boxes"],
+        "proposal_scores": proposals["proposal_scores"],
+    }
 
 
 def read_prompt(inputs: Arrays) -> str:

@@ -45,17 +45,17 @@ class Session:
 
     def __init__(self, component: str, session_id: int, parameters: Parameters, send: Callable[[SequenceRequest], Arrays]) -> None:
         self._component, self._id, self._parameters, self._send = component, session_id, parameters, send
-        self._started = self._ended = False
+        self.started = self._ended = False
 
     def step(self, inputs: Arrays, end: bool = False) -> Arrays:
         """The next request of the sequence; `end` frees its state afterwards."""
-        request = SequenceRequest(self._id, inputs, not self._started, end, self._parameters)
-        self._started, self._ended = True, end
+        request = SequenceRequest(self._id, inputs, not self.started, end, self._parameters)
+        self.started, self._ended = True, end
         return self._send(request)
 
     def close(self) -> None:
         """Frees the state of a sequence that has not ended."""
-        if self._started and not self._ended:
+        if self.started and not self._ended:
             self.step(CLOSING[self._component], end=True)
 
 

@@ -7,14 +7,28 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import settings
-from .tensors import Array
+from .tensors import Array, Arrays
 
 EPS = 1e-6
 
 
-def fuse(selector_logits: Array, roi_logits: Array | None) -> Array:
+def rank(detected: Arrays, topk: int, coco_power: float, sa1b_power: float) -> Arrays:
+    """The proposals: the `topk` best queries by the product of both heads' scores, each to its power (spec 4.3).
+
+    Args:
+        detected: outputs of proposal_detector.
+    Returns:
+        The proposal_* inputs of proposal_selector, best first.
+    """
+    scores = detected["coco_scores"] ** np.float32(coco_power) * detected["sa1b_scores"] ** np.float32(sa1b_power)
+    best = np.argsort(-scores, kind="stable")[:topk]
+    boxes, features = detected["query_boxes"][best], detected["query_features"][best]
+    return {"proposal_boxes": boxes, "proposal_features": features, "proposal_scores": scores[best]}
+
+
+def fuse(selector_logits: Array, roi_logits: Array, gamma: float) -> Array:
     """Probability that a proposal is what a token means: [M, P] float32 logits to [M, P] in 0..1."""
-    logits = selector_logits if roi_logits is None else selector_logits + np.float32(settings.ROI_FUSION_GAMMA) * roi_logits
+    logits = selector_logits + np.float32(gamma) * roi_logits
     return np.asarray(np.exp(-np.logaddexp(0, -logits)))  # the sigmoid, without overflow
 
 

@@ -23,6 +23,8 @@ SAM_STD = (58.395, 57.12, 57.375)
 # Prompt and answer ---------------------------------------------------------------------------------------------------
 MAX_PROMPT_TOKENS = 512
 """Tokens of the user's text with its template; keeps prompt and answer of a video within the key/value cache."""
+SAMPLING_TOP_K, MAX_SAMPLING_TOP_K = 50, 1000
+"""top_k that generation has in the original where its configuration names none."""
 MAX_NEW_TOKENS = 1024
 """Longest answer (spec 9, --max_new_tokens)."""
 MAX_GENERATIONS = 8
@@ -31,12 +33,16 @@ GENERATION_IDLE_S = 30
 """An answer whose next step is not asked for within this time is dropped."""
 
 # Target-specific features (spec 1.7) ---------------------------------------------------------------------------------
+MAX_TARGET_TOKENS = 16
+"""Placeholders that a video prompt has; an image prompt has one."""
 TARGET_TOKENS = 4
 """--tsf_k"""
 TARGET_KMEANS_STEPS = 8
 """--tsf_kmeans_iters"""
 
 # Proposals and their selection (spec 4.3, 5) -------------------------------------------------------------------------
+PROPOSAL_TOPK = 100
+"""--proposal_topk"""
 COCO_SCORE_POWER, SA1B_SCORE_POWER = 0.3, 0.7
 """--proposal_score_power"""
 SELECTION_THRESHOLD = 0.4

@@ -114,6 +114,7 @@ class Tracker:
                 "object_frame": object_frames(frames),
                 "mask_logits": np.concatenate([decoded[frame.index]["mask_logits"] for frame in frames]),
                 "prompted": np.repeat([frame.state.bank is None for frame in frames], [frame.num_objects for frame in frames]),
+                "object_scores": np.concatenate([decoded[frame.index]["object_scores"] for frame in frames]),
             },
         )["memory_maps"]
         for frame, new_maps in zip(frames, split(maps, frames), strict=True):
@@ -163,8 +164,8 @@ class Tracker:
         counts = [frame.num_objects for frame in frames]
         num_maps = max(bank.maps.shape[1] for bank in banks)
         num_pointers = max(bank.pointers.shape[1] for bank in banks)
-        rows = np.stack([np.pad(bank.rows, (0, num_maps - len(bank.rows)), constant_values=-1) for bank in banks])
-        present = np.stack([np.arange(num_pointers) < bank.pointers.shape[1] for bank in banks])
+        rows = np.stack([pad_absent(bank.rows, num_maps) for bank in banks])
+        distances = np.stack([pad_absent(bank.pointer_distances, num_pointers) for bank in banks])
         conditioned = self._runner.run(
             "memory_attention",
             {
@@ -173,7 +174,7 @@ class Tracker:
                 "memory_maps": np.concatenate([pad_slots(bank.maps, num_maps) for bank in banks]),
                 "memory_rows": rows.repeat(counts, 0),
                 "object_pointers": np.concatenate([pad_slots(bank.pointers, num_pointers) for bank in banks]),
-                "pointer_present": present.repeat(counts, 0),
+                "pointer_distances": distances.repeat(counts, 0),
             },
         )["conditioned_embeddings"]
         prompts = Prompts(TRACKED, object_frame, multimask=True)
@@ -232,3 +233,8 @@ def scatter(state: Arrays, update: Arrays, chosen: list[int], num_objects: int) 
 def pad_slots(bank: Array, slots: int) -> Array:
     """[O, M, ...] to [O, slots, ...]; the padding is masked out by the caller."""
     return np.pad(bank, [(0, 0), (0, slots - bank.shape[1]), *[(0, 0)] * (bank.ndim - 2)])
+
+
+def pad_absent(rows: Array, slots: int) -> Array:
+    """[M] to [slots] with -1, which masks out a slot."""
+    return np.pad(rows, (0, slots - len(rows)), constant_values=-1)

@@ -5,15 +5,17 @@ python -m export.generate [--check]
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
+from pprint import pformat
 
 from ensemble import settings
 from ensemble.components import components
 from ensemble.config import FULL
 from ensemble.graph import PUBLIC, served
+from ensemble.options import Options
 from ensemble.tensors import TensorSpec
 
 from .to_repository import HEADER, SOURCE, describe, write_configs
@@ -27,11 +29,17 @@ def stubs() -> str:
     inputs = {model.name: {spec.name: wire_dtype(spec) for spec in model.inputs} for model in public}
     tables = {
         "INPUTS": (inputs, "Model to input to dtype."),
+        "OPTIONS: dict[str, dict[str, Any]]": (option_fields(), "Request parameter of sparrow to what it takes."),
         "MAX_FRAMES": (settings.MAX_FRAMES, "Frames of one clip."),
         "VIDEO_SAMPLE_FPS": (settings.VIDEO_SAMPLE_FPS, "Frames per second taken from a video file."),
     }
-    body = [f'{name} = {json.dumps(value, indent=4)}\n"""{doc}"""\n' for name, (value, doc) in tables.items()]
-    return "\n".join([HEADER + '"""What the public models take."""\n', *body])
+    body = [f'{name} = {pformat(value, width=120, sort_dicts=False)}\n"""{doc}"""\n' for name, (value, doc) in tables.items()]
+    return "\n".join([HEADER + '"""What the public models take."""\n\nfrom typing import Any\n', *body])
+
+
+def option_fields() -> dict[str, dict[str, object]]:
+    """The request parameters of `sparrow`; None where there is no choice or bound."""
+    return {entry.name: {"default": entry.default, **entry.metadata} for entry in fields(Options)}
 
 
 def wire_dtype(spec: TensorSpec) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sparrow_client.segment import read_boxes
 
 from export.checkpoints import Checkpoint
 
@@ -44,6 +45,46 @@ class Case:
         """[T, H, W, 3] uint8."""
         files = sorted((ROOT / self.pack / self.meta["frames"]).glob("*.png"))
         return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The flags of the original's command line as request parameters of `sparrow`."""
+        flags = self.meta["flags"]
+        return {
+            "modality": self.meta["type"],
+            "branch": "tracked" if flags["use_sam2_video_branch"] else "framewise",
+            "video_init": flags["video_init"] or "text_then_boxes",
+            "max_new_tokens": flags["max_new_tokens"],
+            "target_placeholders": flags["use_tsf_token"],
+            "target_tokens": flags["tsf_k"],
+            "target_kmeans_steps": flags["tsf_kmeans_iters"],
+            "detection_guidance": flags["use_detection_guidance"],
+            "proposal_topk": flags["proposal_topk"],
+            "coco_score_power": flags["proposal_score_power"][0],
+            "sa1b_score_power": flags["proposal_score_power"][1],
+            "selection_threshold": flags["proposal_score_threshold"],
+            "roi_helper": flags["use_roi_helper"],
+            "roi_fusion_gamma": flags["roi_fusion_init"],
+            "box_prior_filter": flags["use_box_prior_filter"],
+            "box_prior_min_score": flags["box_prior_min_score"],
+            "box_prior_max_keep": flags["box_prior_max_keep"],
+        }
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """The tensors of the request."""
+        inputs = {"frames": self.frames, "prompt": np.array([self.meta["prompt"].encode()], object)}
+        if not self.meta["flags"]["use_tsf_token"]:  # without it the original drops the crops
+            return inputs
+        if crop := self.meta["flags"].get("tsf_crop_path"):
+            inputs["target_crop"] = np.asarray(Image.open(self._file(crop)).convert("RGB"))
+        elif boxes := self.meta["flags"].get("tsf_boxes_txt"):
+            inputs["target_boxes"] = read_boxes(self._file(boxes))
+        return inputs
+
+    def _file(self, name: str) -> Path:
+        """A file that a flag names, below the case's folder or the pack's."""
+        return next(path for path in (self.folder / name, ROOT / self.pack / name) if path.exists())
 
     @property
     def is_video(self) -> bool:

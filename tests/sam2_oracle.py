@@ -20,16 +20,20 @@ from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
 from ensemble import frames, settings
-from ensemble.components import BOTTOM_RIGHT, PAD, TEXT, TOP_LEFT
+from ensemble.components import BOTTOM_RIGHT, PAD, TEXT, TOP_LEFT, components
 from ensemble.config import TINY, HieraConfig, ModelConfig, Sam2Config
+from ensemble.tensors import Arrays
 from export.checkpoints import Checkpoint
 from export.models.layers import Graph
+from export.runners import OnnxGraph, TorchGraph
+from export.to_onnx import onnx_from_torch
 from tests import goldens
 
 
-def config_at(image_size: int) -> ModelConfig:
-    """The tiny model at another input size, with more than one memory layer."""
-    return dataclasses.replace(TINY, sam2=dataclasses.replace(TINY.sam2, image_size=image_size, memory_layers=2))
+def config_at(image_size: int, sam21: bool = False) -> ModelConfig:
+    """The tiny model at another input size, with more than one memory layer; SAM 2.0 or 2.1."""
+    version = {"pointer_positions": sam21, "absent_embedding": sam21}
+    return dataclasses.replace(TINY, sam2=dataclasses.replace(TINY.sam2, image_size=image_size, memory_layers=2, **version))
 
 
 class Oracle(Checkpoint):
@@ -38,12 +42,13 @@ class Oracle(Checkpoint):
     Args:
         config: sizes.
         seed: of the weights.
+        kind: what to build; only a plain SAM2Base takes texts.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, kind: type[SAM2Base] = SAM2Base) -> None:
         self.root = Path("sam2")
         self.config = config
-        self.sam2 = sam2_base(config.sam2).requires_grad_(False).eval()
+        self.sam2 = sam2_base(config.sam2, kind).requires_grad_(False).eval()
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.sam2.parameters():
             # Far from the zeros and ones of the initialisation, which would hide a missing table, norm or layer scale.
@@ -52,10 +57,10 @@ class Oracle(Checkpoint):
         self._tensors = {"sparrow": {"model.visual_model." + name: tensor for name, tensor in state.items()}}
 
 
-def sam2_base(sam2: Sam2Config) -> SAM2Base:
-    """sam2_hiera_l.yaml and the overrides of build_sam.py at other sizes."""
+def sam2_base(sam2: Sam2Config, kind: type[SAM2Base]) -> SAM2Base:
+    """sam2_hiera_l.yaml or sam2.1_hiera_l.yaml and the overrides of build_sam.py at other sizes, without hole filling."""
     torch.manual_seed(0)
-    base = SAM2Base(
+    base = kind(
         image_encoder=image_encoder(sam2.hiera, sam2.width),
         memory_attention=memory_attention(sam2),
         memory_encoder=MemoryEncoder(
@@ -79,14 +84,18 @@ def sam2_base(sam2: Sam2Config) -> SAM2Base:
         use_multimask_token_for_obj_ptr=True,
         iou_prediction_use_sigmoid=True,
         use_obj_ptrs_in_encoder=True,
-        add_tpos_enc_to_obj_ptrs=False,
+        add_tpos_enc_to_obj_ptrs=sam2.pointer_positions,
+        proj_tpos_enc_in_obj_ptrs=sam2.pointer_positions,
+        use_signed_tpos_enc_to_obj_ptrs=sam2.pointer_positions,
+        no_obj_embed_spatial=sam2.absent_embedding,
         only_obj_ptrs_in_the_past_for_eval=True,
         pred_obj_scores=True,
         pred_obj_scores_mlp=True,
         fixed_no_obj_ptr=True,
         use_mlp_for_obj_ptr_proj=True,
     )
-    base.sam_prompt_encoder = PromptEncoderWithText(sam2.width, (sam2.grid,) * 2, (sam2.image_size,) * 2, 16)
+    prompt_encoder = PromptEncoderWithText if kind is SAM2Base else PromptEncoder
+    base.sam_prompt_encoder = prompt_encoder(sam2.width, (sam2.grid,) * 2, (sam2.image_size,) * 2, 16)
     # SAM2Base fixes the sizes of its decoder.
     base.sam_mask_decoder = MaskDecoder(
         transformer_dim=sam2.width,
@@ -147,6 +156,17 @@ def memory_attention(sam2: Sam2Config) -> MemoryAttention:
         cross_attention=RoPEAttention(**rope, rope_k_repeat=True, kv_in_dim=sam2.memory_width),
     )
     return MemoryAttention(d_model=sam2.width, pos_enc_at_input=True, layer=layer, num_layers=sam2.memory_layers)
+
+
+def assert_onnx_equals_torch(module: Graph, component: str, path: Path, samples: Sequence[Arrays]) -> None:
+    """Exports a component and compares the graph with the module on inputs of its contract."""
+    onnx_from_torch(module, component, path)
+    contract, torch_graph, onnx_graph = components(module.config)[component], TorchGraph(module, component), OnnxGraph(path)
+    for inputs in samples:
+        contract.check_inputs(inputs)
+        expected, got = torch_graph.run(inputs), onnx_graph.run(inputs)
+        for spec in contract.outputs:
+            assert contract.tolerance.error(got[spec.name], expected[spec.name]) <= contract.tolerance.max_error, spec.name
 
 
 def flat(x: Tensor) -> Tensor:
@@ -242,7 +262,8 @@ def conditioned_objects(case: goldens.Case) -> tuple[Tensor, Tensor, Tensor]:
     masks, pointers = (torch.cat(tensors) for tensors in zip(*last.values(), strict=True))
     objects = len(masks)
     same_frame, prompted = torch.zeros(objects, dtype=torch.int64), torch.ones(objects, dtype=torch.bool)
-    maps = component(case.pack, "memory_encoder")(encoded_frame(case, 0)[0], same_frame, masks, prompted)
+    scores = torch.ones(objects)  # SAM 2.0 does not read them
+    maps = component(case.pack, "memory_encoder")(encoded_frame(case, 0)[0], same_frame, masks, prompted, scores)
     return masks, pointers, maps
 
 
@@ -251,6 +272,5 @@ def frame_1(case: goldens.Case) -> Tensor:
     _, pointers, maps = conditioned_objects(case)
     objects = len(maps)
     rows = torch.full((objects, 1), goldens.checkpoint(case.pack).config.sam2.num_maps - 1)
-    present = torch.ones(objects, 1, dtype=torch.bool)
-    memory = maps[:, None], rows, pointers[:, None], present
+    memory = maps[:, None], rows, pointers[:, None], torch.ones(objects, 1, dtype=torch.int64)
     return component(case.pack, "memory_attention")(encoded_frame(case, 1)[0], torch.zeros(objects, dtype=torch.int64), *memory)

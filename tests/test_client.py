@@ -96,9 +96,9 @@ def test_tensor_of_another_dtype_is_refused_before_it_is_sent(model, name, dtype
 def test_frame_masks_undo_the_server_s_bits():
     chosen = np.random.default_rng(0).random((3, 37, 23)) < 0.4
     scores = {"predicted_iou": np.float32([0.1, 0.2, 0.3]), "object_scores": np.float32([1, -1, 2])}
-    got = _types.frame_masks(masks.respond(chosen, scores, {"mask_format": "bits"}), 7, 37, 23)
+    got = _types.frame_masks(masks.respond(chosen, scores, {"mask_format": "bits"}), "framewise", 7, 37, 23)
     np.testing.assert_array_equal(got.masks, chosen)
-    assert (got.frame_idx, got.masks.dtype) == (7, bool)
+    assert (got.frame_idx, got.branch, got.masks.dtype) == (7, "framewise", bool)
     assert got.predicted_iou is scores["predicted_iou"]
     assert got.object_scores is scores["object_scores"]
     assert got.visible.tolist() == [True, False, True]
@@ -107,7 +107,7 @@ def test_frame_masks_undo_the_server_s_bits():
 def test_frame_masks_of_no_objects_are_empty():
     none = np.zeros(0, np.float32)
     response = masks.respond(np.zeros((0, 37, 23), bool), {"predicted_iou": none, "object_scores": none}, {"mask_format": "bits"})
-    assert _types.frame_masks(response, 0, 37, 23).masks.shape == (0, 37, 23)
+    assert _types.frame_masks(response, "tracked", 0, 37, 23).masks.shape == (0, 37, 23)
 
 
 def test_objects_get_the_boxes_that_name_them():

@@ -73,9 +73,10 @@ def test_full_contracts_have_the_shapes_of_the_specification():
     assert shapes("image_encoder")["image_tokens"] == (-1, 576, 3072)
     assert shapes("proposal_detector") == {
         "proposal_image": (1, 3, 448, 448),
-        "proposal_boxes": (100, 4),
-        "proposal_features": (100, 256),
-        "proposal_scores": (100,),
+        "query_boxes": (300, 4),
+        "query_features": (300, 256),
+        "coco_scores": (300,),
+        "sa1b_scores": (300,),
     }
     assert shapes("frame_encoder") == {
         "grounding_frames": (-1, 3, 1024, 1024),
@@ -90,7 +91,7 @@ def test_full_contracts_have_the_shapes_of_the_specification():
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
 def test_key_value_cache_holds_the_longest_prompt_and_answer(config):
     visual = max(config.video_tokens, config.context_tokens)
-    assert config.max_sequence == visual + settings.MAX_PROMPT_TOKENS + settings.TARGET_TOKENS + settings.MAX_NEW_TOKENS
+    assert config.max_sequence == visual + settings.MAX_PROMPT_TOKENS + settings.MAX_TARGET_TOKENS + settings.MAX_NEW_TOKENS
     decoder = components(config)["language_decoder"]
     assert config.max_sequence <= decoder.dim("slots").max
     assert config.max_sequence - settings.MAX_NEW_TOKENS <= decoder.dim("tokens").max

@@ -49,24 +49,12 @@ def answers():
         pipeline = pipelines[case.pack]
         runner, tracker = pipeline.runner, pipeline.runner.stateful["tracker"]
         pipeline.runner = tracker._runner = recorder = Recorder(runner, ("mask_decoder", "memory_encoder", "proposal_selector"))
-        flags = case.meta["flags"]
-        parameters = {
-            "modality": case.meta["type"],
-            "branch": "tracked" if flags["use_sam2_video_branch"] else "framewise",
-            "video_init": flags["video_init"] or "text_then_boxes",
-            "detection_guidance": flags["use_detection_guidance"],
-            "box_prior_max_keep": flags["box_prior_max_keep"],
-            "max_new_tokens": flags["max_new_tokens"],
-            "mask_format": "bits",
-        }
-        inputs = {"frames": case.frames, "prompt": np.array([case.meta["prompt"].encode()], object)}
         try:
             with pytest.MonkeyPatch.context() as patch:
-                if (
-                    flags["use_detection_guidance"] and (case.folder / "proposer_input_448.png").exists()
-                ):  # rounding ties of the 448 px picture follow float noise: the original's is used
+                if (case.folder / "proposer_input_448.png").exists():
+                    # Rounding ties of the 448 px picture follow float noise: the original's is used.
                     patch.setattr(frames, "proposal_image", lambda grounding, config: case.proposer_image)
-                done[case] = list(pipeline.answer(inputs, parameters)), recorder.calls
+                done[case] = list(pipeline.answer(case.inputs, {**case.options, "mask_format": "bits"})), recorder.calls
         finally:
             pipeline.runner = tracker._runner = runner
         return done[case]
@@ -99,6 +87,7 @@ def test_answer_is_the_originals(case, answers):
     expected = case.meta["expected_text"].split("<|assistant|> ")[1].removesuffix(" <|end|>")
     assert summary["answer"] == expected == b"".join(response["text"][0] for response in responses if "text" in response).decode()
     assert summary["num_tokens"] == len(case.expected["generated_ids"])
+    assert summary["full_text"] == case.meta["expected_text"]
     assert summary["num_objects"] == expected.count("[SEG]")
     assert summary["branch"] == ("tracked" if case.meta["flags"]["use_sam2_video_branch"] else "framewise")
 

@@ -62,7 +62,7 @@ RULES = {
         "export/generate.py",
         ours=frozenset({RELATIVE}),
         third_party=frozenset({"numpy", "tritonclient", "grpc"}),
-        files=dict.fromkeys(("cli.py", "segment.py", "_media.py", "_overlay.py"), COMMAND_LINE),
+        files=dict.fromkeys(("cli.py", "segment.py", "_media.py", "_overlay.py", "_results.py", "_chat_files.py"), COMMAND_LINE),
     ),
     "benchmarks": Rule(
         advice="benchmarks measures what users see through sparrow_client: what it wants from export belongs there",

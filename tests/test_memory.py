@@ -3,7 +3,7 @@ import pytest
 
 from ensemble import settings
 from ensemble.config import FULL
-from ensemble.memory import MemoryBank, ring_slot, temporal_rows
+from ensemble.memory import MemoryBank, ring_slot, slot_distances, temporal_rows
 
 NUM_MAPS, NUM_POINTERS = FULL.sam2.num_maps, FULL.sam2.num_pointers
 
@@ -15,8 +15,8 @@ def visible_maps(frame_idx):
 
 
 def visible_pointers(frame_idx):
-    """Spec 7.5: frame 0 and t-1, t-2, ... as far as 16 pointers reach."""
-    return {0, *range(max(1, frame_idx - settings.MAX_RECENT_POINTERS), frame_idx)}
+    """Spec 7.5: {frame: frames ago} of frame 0 and t-1, t-2, ... as far as 16 pointers reach."""
+    return {frame: frame_idx - frame for frame in (0, *range(max(1, frame_idx - settings.MAX_RECENT_POINTERS), frame_idx))}
 
 
 def test_sizes_are_those_of_the_specification():
@@ -41,6 +41,16 @@ def test_temporal_rows_equal_a_simulation_that_keeps_every_frame():
         slots[ring_slot(frame_idx, NUM_MAPS - 1)] = frame_idx
 
 
+@pytest.mark.parametrize("slots_in_all", [2, NUM_MAPS, NUM_POINTERS])
+def test_slot_distances_equal_a_simulation_that_keeps_every_frame(slots_in_all):
+    slots = {0: 0}
+    for frame_idx in range(1, 1001):
+        distances = slot_distances(frame_idx, slots_in_all)
+        assert distances.dtype == np.int64
+        assert distances.tolist() == [frame_idx - slots[slot] for slot in range(min(frame_idx, slots_in_all))]
+        slots[ring_slot(frame_idx, slots_in_all - 1)] = frame_idx
+
+
 def frame_memory(frame_idx, num_objects=2):
     """Maps [O, 3, 2, 2] and pointers [O, 5] that tell their frame and object."""
     value = np.float32(frame_idx) + np.arange(num_objects, dtype=np.float32) / 10
@@ -59,7 +69,7 @@ def test_bank_holds_the_conditioning_frame_and_the_latest_frames_of_every_object
             own = bank.maps[index, :, 0, 0, 0] - np.float32(index / 10)
             assert dict(zip(own.round(3).tolist(), bank.rows.tolist(), strict=True)) == visible_maps(frame_idx)
             own = -bank.pointers[index, :, 0] - np.float32(index / 10)
-            assert set(own.round(3).tolist()) == visible_pointers(frame_idx)
+            assert dict(zip(own.round(3).tolist(), bank.pointer_distances.tolist(), strict=True)) == visible_pointers(frame_idx)
         bank.append(*frame_memory(frame_idx))
 
 

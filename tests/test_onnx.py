@@ -14,11 +14,11 @@ from export.to_onnx import check_graph, onnx_from_torch
 
 CONTRACTS = components(TINY)
 SIZES = {
-    "least": {"tokens": 1, "slots": 5, "prompts": 1, "memories": 1, "pointers": 1},
+    "least": {"tokens": 1, "slots": 5, "prompts": 1, "proposals": 1, "memories": 1, "pointers": 1},
     "some": {"images": 3, "frames": 2, "tokens": 7, "sequences": 2, "slots": 40, "states": 2, "embeddings": 3, "objects": 3, "prompts": 3,
-             "memories": 4, "pointers": 9},
+             "proposals": 7, "memories": 4, "pointers": 9},
     "many": {"images": 5, "frames": 5, "tokens": 50, "sequences": 3, "slots": 90, "states": 5, "embeddings": 6, "objects": 7, "prompts": 9,
-             "memories": 7, "pointers": 16},
+             "proposals": 300, "memories": 7, "pointers": 16},
 }  # fmt: skip
 
 

@@ -37,7 +37,9 @@ def answer_for(num_frames, phrases):
     objects = [TrackedObject(phrase, np.zeros(4, np.float32), boxes[index:], boxes[: index + 1]) for index, phrase in enumerate(phrases)]
     numbers = rng.random((num_frames, len(phrases))).astype(np.float32)
     frames = [
-        FrameMasks(index, rng.random((len(phrases), HEIGHT, WIDTH)) < 0.4, numbers[index], numbers[index] - 0.5, numbers[index] > 0.5)
+        FrameMasks(
+            index, rng.random((len(phrases), HEIGHT, WIDTH)) < 0.4, numbers[index], numbers[index] - 0.5, numbers[index] > 0.5, "tracked"
+        )
         for index in range(num_frames)
     ]
     return Answer(Summary(FIELDS["answer"], "tracked", "text_only", FIELDS["timings_ms"], FIELDS), objects, frames)
@@ -209,8 +211,7 @@ def test_defaults_are_sent_to_the_local_server(client, clip, tmp_path):
         "timeout_s": 300,
         "prompt": "the disc?",
         "modality": "video",
-        "branch": "tracked",
-        "video_init": "text_then_boxes",
+        "proposal_debug": False,
     }
 
 
@@ -322,7 +323,7 @@ def test_bad_boxes_are_one_line(client, clip, tmp_path, content):
 
 @pytest.mark.parametrize(
     "options",
-    [("--branch", "both"), ("--video-init", "boxes"), ("--sample-fps", "0"), ("--sample-fps", "-1"), ("--timeout", "x")],
+    [("--branch", "all"), ("--top-k", "0"), ("--video-init", "boxes"), ("--sample-fps", "0"), ("--sample-fps", "-1"), ("--timeout", "x")],
 )
 def test_option_out_of_range_is_a_usage_error(client, clip, tmp_path, options):
     assert f"Invalid value for '{options[0]}'" in fail(clip, "the disc?", "-o", tmp_path / "out", *options, status=2)

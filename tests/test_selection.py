@@ -14,15 +14,15 @@ SIDE = settings.PRIOR_MASK_SIZE
 def test_fuse_weighs_the_region_logits():
     selector, region = np.float32([[0, 1, -2]]), np.float32([[10, -5, 0]])
     expected = 1 / (1 + np.exp(-(selector + 0.1 * region)))
-    np.testing.assert_allclose(selection.fuse(selector, region), expected, rtol=1e-6)
-    np.testing.assert_allclose(selection.fuse(selector, None), 1 / (1 + np.exp(-selector)), rtol=1e-6)
+    np.testing.assert_allclose(selection.fuse(selector, region, 0.1), expected, rtol=1e-6)
+    np.testing.assert_allclose(selection.fuse(selector, region, 0), 1 / (1 + np.exp(-selector)), rtol=1e-6)
 
 
 def test_fuse_is_exact_and_silent_when_logits_are_extreme():
     logits = np.float32([[-1000, -30, 30, 1000]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        probabilities = selection.fuse(logits, None)
+        probabilities = selection.fuse(logits, logits, 0)
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities, torch.from_numpy(logits).sigmoid(), rtol=1e-6)
 
@@ -121,6 +121,25 @@ def per_token(case, prefix):
     return [case.expected[name] for name in names if name in case.expected]
 
 
+def region_logits(case):
+    """What `fuse` adds to the selector's logits, and how much of it."""
+    if not case.options["roi_helper"]:
+        return case.expected["sel.logits_old"], 0
+    return case.expected["sel.roi_logits"], float(case.expected["sel.gamma"])
+
+
+def test_rank_orders_queries_by_the_product_of_their_scores():
+    coco, sa1b = np.float32([0.9, 0.1, 0.5, 0.5]), np.float32([0.1, 0.9, 0.5, 0.5])
+    boxes, features = np.arange(16, dtype=np.float32).reshape(4, 4), np.arange(8, dtype=np.float32).reshape(4, 2)
+    detected = {"query_boxes": boxes, "query_features": features, "coco_scores": coco, "sa1b_scores": sa1b}
+    ranked = selection.rank(detected, 3, 0.3, 0.7)
+    order = [2, 3, 1]  # 0.5, 0.5 in their order, 0.1^0.3 0.9^0.7 = 0.465, 0.9^0.3 0.1^0.7 = 0.193
+    np.testing.assert_array_equal(ranked["proposal_boxes"], boxes[order])
+    np.testing.assert_array_equal(ranked["proposal_features"], features[order])
+    np.testing.assert_allclose(ranked["proposal_scores"], [0.5, 0.5, 0.1**0.3 * 0.9**0.7], rtol=1e-6)
+    assert selection.rank(detected, 9, 1, 0)["proposal_scores"].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.1])
+
+
 def golden_masks(case):
     """[K, S, S] bool prior masks of each token."""
     packed = per_token(case, "prior.mask256.tok")
@@ -130,10 +149,9 @@ def golden_masks(case):
 @goldens.parametrize_cases(guided)
 def test_probabilities_and_chosen_boxes_equal_the_original(case):
     expected, boxes = case.expected, case.expected["ddetr.boxes"]
-    assert float(expected["sel.gamma"]) == pytest.approx(settings.ROI_FUSION_GAMMA)
-    probabilities = selection.fuse(expected["sel.logits_old"], expected["sel.roi_logits"])
+    probabilities = selection.fuse(expected["sel.logits_old"], *region_logits(case))
     np.testing.assert_allclose(probabilities, expected["sel.prob"], atol=1e-6)
-    chosen = [boxes[indices] for indices in selection.choose(probabilities, settings.SELECTION_THRESHOLD)]
+    chosen = [boxes[indices] for indices in selection.choose(probabilities, case.options["selection_threshold"])]
     for got, want in zip(chosen, per_token(case, "sel.raw_boxes.tok"), strict=True):
         np.testing.assert_array_equal(got, want)
     before = per_token(case, "sel.before.tok")
@@ -155,7 +173,7 @@ def test_prior_masks_equal_the_original(case):
 
 @goldens.parametrize_cases(guided)
 def test_prior_scores_and_kept_boxes_equal_the_original(case):
-    limits = settings.BOX_PRIOR_MIN_SCORE, settings.BOX_PRIOR_MAX_KEEP
+    limits = case.options["box_prior_min_score"], case.options["box_prior_max_keep"]
     tokens = [per_token(case, f"{name}.tok") for name in ("sel.before", "sel.after", "prior.scores")]
     for mask, boxes, after, want in zip(golden_masks(case), *tokens, strict=True):
         scores = selection.prior_scores(boxes, mask)

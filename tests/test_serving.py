@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from sparrow_client import (
 
 from ensemble import settings
 from ensemble.errors import SparrowError
+from ensemble.options import Options
 from ensemble.runner import open_session
 from export.local import local_pipeline
 from export.tiny import ANSWER, draw_frame, write_clip
@@ -76,6 +78,8 @@ def locally(pipeline, frames, prompt=PROMPT, **options):
         (3, {"branch": "framewise"}),
         (3, {"branch": "framewise", "detection_guidance": False}),
         (20, {"box_prior_max_keep": 1, "roi_helper": False}),
+        (2, {"proposal_topk": 7, "coco_score_power": 1.0, "sa1b_score_power": 0.0, "roi_fusion_gamma": 0.5, "box_prior_filter": False}),
+        (2, {"do_sample": True, "temperature": 0.1, "top_k": 3, "seed": 5, "target_placeholders": True}),
         (1, {}),
         (1, {"modality": "video"}),
     ],
@@ -97,6 +101,41 @@ def test_server_equals_the_pipeline_in_process(client, pipeline, num_frames, opt
         assert frame.masks.shape == (1, *frames.shape[1:3])
         assert (frame.masks.reshape(1, -1) == expected).mean() >= SAME_BITS
         assert 0 < frame.masks.mean() < 1
+
+
+def test_both_branches_equal_each_on_its_own(client):
+    frames = clip(3)
+    both = client.segment(frames, PROMPT, branch="both")
+    assert both.summary.branch == "both"
+    for branch, masks in both.branches.items():
+        alone = client.segment(frames, PROMPT, branch=branch)
+        assert [frame.branch for frame in alone.frames] == [branch] * 3
+        for one, other in zip(masks, alone.frames, strict=True):
+            assert (one.frame_idx, one.branch) == (other.frame_idx, branch)
+            np.testing.assert_array_equal(one.masks, other.masks)
+
+
+def test_proposals_are_shown_when_asked_for(client):
+    answer = client.segment(clip(2), PROMPT, proposal_debug=True, proposal_topk=9)
+    assert answer.proposals.frame.shape == (256, 256, 3)
+    assert answer.proposals.boxes.shape == (9, 4)
+    assert (np.diff(answer.proposals.scores) <= 0).all()
+    assert answer.summary.fields["guidance"] == "ok"
+    without = client.segment(clip(2), PROMPT, proposal_debug=True, detection_guidance=False)
+    assert without.proposals.boxes.shape == (0, 4)
+    assert without.summary.fields["guidance"] == "detection_guidance_disabled"
+    assert client.segment(clip(2), PROMPT).proposals is None
+
+
+def test_answer_names_the_policy_that_it_was_made_under(client):
+    policy = client.segment(GOOD, PROMPT, box_prior_max_keep=1).summary.fields["policy"]
+    assert policy == {**asdict(Options()), "box_prior_max_keep": 1, "mask_format": "bits"}
+
+
+def test_sampled_answers_repeat_with_their_seed(client):
+    draws = {seed: client.segment(GOOD, PROMPT, do_sample=True, temperature=10.0, seed=seed, max_new_tokens=8).text for seed in (1, 2)}
+    assert draws[1] != draws[2]
+    assert client.segment(GOOD, PROMPT, do_sample=True, temperature=10.0, seed=1, max_new_tokens=8).text == draws[1]
 
 
 def test_stream_brings_text_before_objects_before_masks_in_order(client):
@@ -208,7 +247,7 @@ BAD_QUESTIONS = {
     "too many frames": ({"frames": np.zeros((65, 16, 16, 3), np.uint8)}, "Keep clip_frames within 1..64"),
     "not a picture": ({"frames": None, "encoded_frames": [b"no picture"]}, "sparrow.encoded_frames[0]: got 10 bytes that are no readable"),
     "unknown option": ({"colour": "red"}, "sparrow: got an option 'colour'"),
-    "wrong option": ({"branch": "both"}, "sparrow: got branch = 'both', expected tracked or framewise"),
+    "wrong option": ({"branch": "all"}, "sparrow: got branch = 'all', expected tracked or framewise or both"),
     "option out of range": ({"max_new_tokens": 0}, "sparrow: got max_new_tokens = 0, expected int 1..1024"),
     "two pictures as an image": ({"modality": "image"}, "sparrow.frames: got 2 frames with modality image"),
 }

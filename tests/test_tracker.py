@@ -1,7 +1,8 @@
 """The reference is `SlowTrack`: one object at a time, every frame kept, written from spec 7.3 to 7.5 against the same graphs.
 
 With the torch graphs of the tiny checkpoint the two agree as sessions are batched. Their random weights hardly care about prompts
-and memories, though, so what the graphs are given is proved on smooth stand-ins in which every input shows.
+and memories, though, so what the graphs are given is proved on smooth stand-ins in which every input shows. Box prompts are compared
+with the official predictor as well, for SAM 2.0 and 2.1.
 """
 
 import random
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco
+from sam2 import sam2_video_predictor
 
 from ensemble import settings
 from ensemble.components import components
@@ -21,6 +23,7 @@ from ensemble.runner import CLOSING, SequenceRequest
 from ensemble.sessions import SessionStore
 from ensemble.tracker import Tracker
 from export.runners import TorchGraph
+from tests import sam2_oracle
 
 SAM2, CONTRACTS = TINY.sam2, components(TINY)
 SIZE = (48, 64)
@@ -30,27 +33,28 @@ BFLOAT16 = {"rtol": 2**-7, "atol": 1e-3}  # memories are rounded to bfloat16, wh
 
 
 class CheckedRunner:
-    """Graphs that accept only what their contracts allow; `broken` ones fail; the last inputs of each are kept."""
+    """Graphs that accept only what their contracts allow; `broken` ones fail; the last inputs and outputs of each are kept."""
 
-    def __init__(self, graphs):
-        self.graphs, self.broken, self.inputs = graphs, set(), {}
+    def __init__(self, graphs, contracts=CONTRACTS):
+        self.graphs, self.contracts, self.broken, self.inputs, self.outputs = graphs, contracts, set(), {}, {}
 
     def run(self, component, inputs):
         if component in self.broken:
             raise ComponentFailed(f"{component}: out of memory")
-        CONTRACTS[component].check_inputs(inputs)
-        self.inputs[component] = inputs
-        return self.graphs[component].run(inputs)
+        self.contracts[component].check_inputs(inputs)
+        self.inputs[component], self.outputs[component] = inputs, self.graphs[component].run(inputs)
+        return self.outputs[component]
 
 
 class SmoothAttention:
-    """Adds the present maps, each weighted by its temporal row, and the sum of the present pointers."""
+    """Adds the present maps and pointers, each weighted by its temporal row or its distance."""
 
     def run(self, inputs):
-        rows = inputs["memory_rows"]
+        rows, distances = inputs["memory_rows"], inputs["pointer_distances"]
         weights = np.where(rows < 0, 0, 1 / (rows + 2.0))[:, :, None, None, None]
         maps = (weights * inputs["memory_maps"]).sum(1)
-        pointers = (inputs["object_pointers"] * inputs["pointer_present"][:, :, None]).sum(1)
+        weights = np.where(distances < 0, 0, 1 / (distances + 2.0))[:, :, None]
+        pointers = (weights * inputs["object_pointers"]).sum(1)
         past = np.tile(maps, (1, SAM2.width // SAM2.memory_width, 1, 1)) + pointers[:, :, None, None]
         return {"conditioned_embeddings": np.float32(np.tanh(inputs["frame_embeddings"][inputs["object_frame"]] + past))}
 
@@ -82,6 +86,7 @@ class SmoothEncoder:
     def run(self, inputs):
         logits = np.where(inputs["prompted"][:, None, None], inputs["mask_logits"], -inputs["mask_logits"])[:, None, ::4, ::4]
         maps = inputs["frame_embeddings"][inputs["object_frame"]][:, : SAM2.memory_width] + logits / 100
+        maps += (inputs["object_scores"] > 0)[:, None, None, None]
         return {"memory_maps": np.float32(np.tanh(maps))}
 
 
@@ -164,6 +169,7 @@ class SlowTrack:
                 "object_frame": np.zeros(1, np.int64),
                 "mask_logits": decoded["mask_logits"],
                 "prompted": np.array([not self.maps]),
+                "object_scores": decoded["object_scores"],
             }
         )["memory_maps"]
         self.maps.append(memory)
@@ -191,7 +197,7 @@ class SlowTrack:
                 "memory_maps": np.stack([self.maps[index] for index in (0, *recent)])[None],
                 "memory_rows": np.array([[6, *(now - index - 1 for index in recent)]]),
                 "object_pointers": np.stack([self.pointers[index] for index in pointers])[None],
-                "pointer_present": np.ones((1, len(pointers)), bool),
+                "pointer_distances": np.array([[now - index for index in pointers]]),
             }
         )["conditioned_embeddings"]
         return self._decode(frame, [PAD, PAD], multimask=True, conditioned=conditioned)
@@ -254,19 +260,21 @@ def check_response(result, expected):
 def check_bank(bank, tracks):
     """What a session keeps against the history of its objects."""
     for index, track in enumerate(tracks):
-        check_memory(dict(zip(bank.rows.tolist(), bank.maps[index], strict=True)), bank.pointers[index], track)
+        maps = dict(zip(bank.rows.tolist(), bank.maps[index], strict=True))
+        check_memory(maps, dict(zip(bank.pointer_distances.tolist(), bank.pointers[index], strict=True)), track)
 
 
 def check_memory(maps, pointers, track):
-    """Maps by temporal row, and pointers in any order, against the history of an object."""
+    """Maps by temporal row, and pointers by distance, against the history of an object."""
     expected = {6: track.maps[0]} | {ago: memory for ago, memory in enumerate(reversed(track.maps[1:])) if ago < 6}
     assert set(maps) == set(expected)
     for row, memory in expected.items():
         np.testing.assert_allclose(maps[row], memory, **BFLOAT16)
-    expected = [track.pointers[0], *track.pointers[1:][-15:]]
-    assert len(pointers) == len(expected)
-    for pointer in expected:
-        assert any(np.allclose(pointer, kept, **CLOSE) for kept in pointers)
+    now = len(track.pointers)
+    expected = {now: track.pointers[0]} | {ago: track.pointers[now - ago] for ago in range(1, min(now, 16))}
+    assert set(pointers) == set(expected)
+    for ago, pointer in expected.items():
+        np.testing.assert_allclose(pointers[ago], pointer, **CLOSE)
 
 
 @pytest.mark.parametrize("objects", OBJECTS.values(), ids=OBJECTS)
@@ -305,7 +313,8 @@ def test_sessions_of_different_ages_share_one_call_of_memory_attention(tracker, 
         np.testing.assert_array_equal(inputs["frame_embeddings"][frame], features(50 + session)["frame_embeddings"])
     for index, (_, track) in enumerate(expected):
         maps = {int(row): inputs["memory_maps"][index, slot] for slot, row in enumerate(inputs["memory_rows"][index]) if row >= 0}
-        check_memory(maps, inputs["object_pointers"][index][inputs["pointer_present"][index]], track)
+        ages = enumerate(inputs["pointer_distances"][index])
+        check_memory(maps, {int(ago): inputs["object_pointers"][index, slot] for slot, ago in ages if ago >= 0}, track)
 
 
 def check_interleaved(graphs, rng):
@@ -357,6 +366,102 @@ def test_results_satisfy_the_contract(tracker):
         assert set(result) == {spec.name for spec in CONTRACTS["tracker"].outputs}
         for spec in CONTRACTS["tracker"].outputs:
             assert (result[spec.name].dtype, result[spec.name].ndim) == (spec.numpy_dtype, len(spec.shape)), spec.name
+
+
+GRAPHS = ("frame_encoder", "memory_attention", "mask_decoder", "memory_encoder")
+PREDICTOR_BOXES = np.array([[0.1, 0.2, 0.5, 0.7], [0.4, 0.1, 0.9, 0.6], [0, 0.5, 0.3, 1]], np.float32)
+SCORE_NOISE = 2e-3
+"""Float32 noise is 1e-5; where it crosses a bfloat16 rounding boundary of the memories, these sharpened weights make up to 3e-4 of it,
+others of the same kind 1.6e-3."""
+
+
+def predictor_oracle(sam21):
+    """The official predictor with weights under which memories matter and scores change their sign."""
+    seed, median_score = (1, 0.24) if sam21 else (3, -0.23)
+    oracle = sam2_oracle.Oracle(sam2_oracle.config_at(128, sam21), seed, sam2_video_predictor.SAM2VideoPredictor)
+    model = oracle.sam2
+    for layer in model.memory_attention.layers:
+        layer.cross_attn_image.q_proj.weight.mul_(4)
+        layer.cross_attn_image.out_proj.weight.mul_(3)
+    if sam21:
+        model.obj_ptr_tpos_proj.weight.mul_(4)
+        model.no_obj_embed_spatial.mul_(4)
+    score = model.sam_mask_decoder.pred_obj_score_head.layers[-1]
+    score.bias.sub_(median_score)
+    score.weight.mul_(20)
+    score.bias.mul_(20)
+    return oracle
+
+
+def moving_square(num_frames=20, side=128):
+    """[T, 3, side, side] float32; long enough for both rings to turn."""
+    background = torch.from_numpy(random_array(3, side, side, seed=11)) * 0.3
+    frames = [background.roll(frame_idx, 2) for frame_idx in range(num_frames)]
+    for frame_idx, frame in enumerate(frames):
+        frame[:, 40:80, 10 + 3 * frame_idx : 40 + 3 * frame_idx] += 2
+    return torch.stack(frames)
+
+
+def predicted_frames(oracle, video, monkeypatch):
+    """What the official predictor keeps of each frame, and its mask logits at the frame's size."""
+    monkeypatch.setattr(sam2_video_predictor, "load_video_frames", lambda **_: (video, *SIZE))
+    height, width = SIZE
+    state = oracle.sam2.init_state("")
+    for index, box in enumerate(PREDICTOR_BOXES):
+        oracle.sam2.add_new_points_or_box(state, 0, index, box=box * np.float32([width, height, width, height]))
+    logits = [masks[:, 0].numpy() for *_, masks in oracle.sam2.propagate_in_video(state)]
+    for frame_idx, own in enumerate(logits):
+        storage = "non_cond_frame_outputs" if frame_idx else "cond_frame_outputs"
+        kept = [outputs[storage][frame_idx] for outputs in state["output_dict_per_obj"].values()]
+        yield {
+            "logits": own,
+            "object_scores": torch.cat([one["object_score_logits"][:, 0] for one in kept]).numpy(),
+            "object_pointers": torch.cat([one["obj_ptr"] for one in kept]).numpy(),
+            "memory_maps": torch.cat([one["maskmem_features"].float() for one in kept]).numpy(),
+        }
+
+
+def tracked_frames(oracle, video, overridden=None):
+    """The same of our tracker, with its masks; an overridden input of a graph is all ones."""
+
+    class Override(TorchGraph):
+        def run(self, inputs):
+            return super().run({name: np.ones_like(array) if name == overridden else array for name, array in inputs.items()})
+
+    graphs = {name: Override(oracle.build(name), name) for name in GRAPHS}
+    runner = CheckedRunner(graphs, components(oracle.config))
+    tracker = Tracker(oracle.config, runner)
+    objects = {"boxes": PREDICTOR_BOXES, "box_objects": np.arange(len(PREDICTOR_BOXES), dtype=np.int32)}
+    for frame_idx, frame in enumerate(video):
+        encoded = graphs["frame_encoder"].run({"grounding_frames": frame[None].numpy()})
+        inputs = {name: array[0] for name, array in encoded.items()} | {"frame_size": np.array(SIZE, np.int32)}
+        (result,) = tracker.step([SequenceRequest(1, inputs if frame_idx else inputs | objects, start=not frame_idx)])
+        kept = runner.outputs["mask_decoder"] | runner.outputs["memory_encoder"]
+        yield {**kept, "masks": unpack(result), "object_scores": result["object_scores"]}
+
+
+@pytest.mark.parametrize("sam21", [False, True], ids=["sam2.0", "sam2.1"])
+def test_tracker_equals_the_official_predictor(sam21, monkeypatch):
+    torch.set_num_threads(1)
+    oracle, video = predictor_oracle(sam21), moving_square()
+    scores = []
+    for got, expected in zip(tracked_frames(oracle, video), predicted_frames(oracle, video, monkeypatch), strict=True):
+        np.testing.assert_allclose(got["object_scores"], expected["object_scores"], atol=SCORE_NOISE)
+        np.testing.assert_allclose(got["object_pointers"], expected["object_pointers"], atol=SCORE_NOISE)
+        np.testing.assert_allclose(got["memory_maps"], expected["memory_maps"], **BFLOAT16)
+        clear = abs(expected["logits"]) > 1e-2
+        np.testing.assert_array_equal(got["masks"][clear], expected["logits"][clear] > 0)
+        scores.append(expected["object_scores"])
+    assert np.abs(scores).min() > 5 * SCORE_NOISE  # else noise would decide whether an object is there
+    assert 0.1 < (np.array(scores) > 0).mean() < 0.9
+
+
+@pytest.mark.parametrize("name", ["pointer_distances", "object_scores"])
+def test_what_sam21_adds_would_show_in_that_comparison(name):
+    torch.set_num_threads(1)
+    oracle, video = predictor_oracle(sam21=True), moving_square()
+    pairs = zip(tracked_frames(oracle, video), tracked_frames(oracle, video, name), strict=True)
+    assert max(np.abs(one["object_scores"] - other["object_scores"]).max() for one, other in pairs) > 50 * SCORE_NOISE
 
 
 def without(one, *names):

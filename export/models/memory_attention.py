@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ensemble import settings
 from ensemble.config import ModelConfig, Sam2Config
 
 from .layers import TEMPERATURE, Attention, Graph, sine_positions, small_random
@@ -23,11 +24,13 @@ class MemoryAttention(Graph):
         "layers.": "sparrow:model.visual_model.memory_attention.layers.",
         "norm.": "sparrow:model.visual_model.memory_attention.norm.",
         "maskmem_tpos_enc": "sparrow:model.visual_model.maskmem_tpos_enc",
+        "obj_ptr_tpos_proj.": "sparrow:model.visual_model.obj_ptr_tpos_proj.",
     }
     frame_positions: Tensor
     map_positions: Tensor
     rope_cos: Tensor
     rope_sin: Tensor
+    distance_scales: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -35,6 +38,9 @@ class MemoryAttention(Graph):
         self.layers = nn.ModuleList(MemoryLayer(sam2) for _ in range(sam2.memory_layers))
         self.norm = nn.LayerNorm(sam2.width)
         self.maskmem_tpos_enc = small_random(sam2.num_maps, 1, 1, sam2.memory_width)
+        if sam2.pointer_positions:
+            self.obj_ptr_tpos_proj = nn.Linear(sam2.width, sam2.memory_width)
+            self.register_buffer("distance_scales", distance_scales(sam2.width), persistent=False)
         self.register_buffer("frame_positions", sine_positions(sam2.grid, sam2.width).flatten(0, 1), persistent=False)
         self.register_buffer("map_positions", sine_positions(sam2.grid, sam2.memory_width).flatten(0, 1), persistent=False)
         angles = rope_angles(sam2.grid, sam2.width)
@@ -48,7 +54,7 @@ class MemoryAttention(Graph):
         memory_maps: Tensor,
         memory_rows: Tensor,
         object_pointers: Tensor,
-        pointer_present: Tensor,
+        pointer_distances: Tensor,
     ) -> Tensor:
         """Contract `memory_attention`: conditioned_embeddings; finite, but without meaning, for an object without memory."""
         sam2 = self.config.sam2
@@ -61,15 +67,20 @@ class MemoryAttention(Graph):
         objects, tokens = object_pointers.shape[0], sam2.width // sam2.memory_width
         pointers = object_pointers.reshape(objects, -1, sam2.memory_width)  # [O, P, width] -> [O, P * tokens, C]
         values = torch.cat([maps.flatten(1, 2), pointers], 1)  # [O, K, C], K = M * g * g + P * tokens
+        pointer_keys = pointers
+        if sam2.pointer_positions:
+            angles = pointer_distances[:, :, None] * self.distance_scales  # [O, P] -> [O, P, width / 2]
+            positions = self.obj_ptr_tpos_proj(torch.cat([angles.sin(), angles.cos()], -1))  # -> [O, P, C]
+            pointer_keys = pointers + positions.repeat_interleave(tokens, 1)  # [O, P, C] -> [O, P * tokens, C]
 
         map_present = (memory_rows >= 0).repeat_interleave(sam2.grid**2, 1)  # [O, M] -> [O, M * g * g]
-        token_present = pointer_present.repeat_interleave(tokens, 1)  # [O, P] -> [O, P * tokens]
+        token_present = (pointer_distances >= 0).repeat_interleave(tokens, 1)  # [O, P] -> [O, P * tokens]
         present = torch.cat([map_present, token_present], 1)  # [O, K]
         # A softmax over no key at all would be NaN.
         mask = (present | ~present.any(1, keepdim=True))[:, None, None]  # [O, K] -> [O, 1, 1, K]
 
         for layer in self.layers:
-            x = layer(x, map_keys, pointers, values, mask, self.rope_cos, self.rope_sin)
+            x = layer(x, map_keys, pointer_keys, values, mask, self.rope_cos, self.rope_sin)
         conditioned: Tensor = self.norm(x).transpose(1, 2)  # [O, g * g, C] -> [O, C, g * g]
         return conditioned.reshape(-1, sam2.width, sam2.grid, sam2.grid)
 
@@ -86,18 +97,28 @@ class MemoryLayer(nn.Module):
         self.linear2 = nn.Linear(sam2.memory_mlp_width, width)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
-    def forward(self, x: Tensor, map_keys: Tensor, pointers: Tensor, values: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, map_keys: Tensor, pointer_keys: Tensor, values: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         attn, normal = self.self_attn, self.norm1(x)
         q, k = rotate(attn.q_proj(normal), cos, sin), rotate(attn.k_proj(normal), cos, sin)
         x = x + attn.attend(q, k, attn.v_proj(normal))
 
         attn, normal = self.cross_attn_image, self.norm2(x)
         map_k = rotate(attn.k_proj(map_keys), cos, sin).flatten(1, 2)  # [O, M, g * g, C] -> [O, M * g * g, C]
-        k = torch.cat([map_k, attn.k_proj(pointers)], 1)  # [O, K, C]
+        k = torch.cat([map_k, attn.k_proj(pointer_keys)], 1)  # [O, K, C]
         x = x + attn.attend(rotate(attn.q_proj(normal), cos, sin), k, attn.v_proj(values), mask)
 
         out: Tensor = x + self.linear2(F.relu(self.linear1(self.norm3(x))))
         return out
+
+
+def distance_scales(width: int) -> Tensor:
+    """Angle per frame of distance in each channel pair: [width / 2] (sam2_utils.py get_1d_sine_pe).
+
+    The original divides distances by one less than the pointers that a frame attends to, min(num_frames, 16) of them. A served stream
+    has no known length, so it counts as 16 frames or more: clips of fewer frames get other angles than from the original.
+    """
+    half = width // 2
+    return TEMPERATURE ** -(torch.arange(half) // 2 * 2 / half) / settings.MAX_RECENT_POINTERS
 
 
 def rope_angles(grid: int, width: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ensemble import settings
 from ensemble.config import ModelConfig
 
-from .layers import Graph, LayerNorm2d
+from .layers import Graph, LayerNorm2d, small_random
 
 MASK_CHANNELS = (1, 4, 16, 64, 256)
 """Channels of the mask at stride 1, 2, 4, 8, 16: each step keeps the number of values."""
@@ -27,6 +27,7 @@ class MemoryEncoder(Graph):
         "pix_feat_proj.": "sparrow:model.visual_model.memory_encoder.pix_feat_proj.",
         "fuser.": "sparrow:model.visual_model.memory_encoder.fuser.layers.",
         "out_proj.": "sparrow:model.visual_model.memory_encoder.out_proj.",
+        "no_obj_embed_spatial": "sparrow:model.visual_model.no_obj_embed_spatial",
     }
 
     def __init__(self, config: ModelConfig) -> None:
@@ -39,15 +40,23 @@ class MemoryEncoder(Graph):
         self.pix_feat_proj = nn.Conv2d(sam2.width, sam2.width, 1)
         self.fuser = nn.Sequential(*(ConvNextBlock(sam2.width) for _ in range(FUSER_BLOCKS)))
         self.out_proj = nn.Conv2d(sam2.width, sam2.memory_width, 1)
+        if sam2.absent_embedding:
+            self.no_obj_embed_spatial = small_random(1, sam2.memory_width)
 
-    def forward(self, frame_embeddings: Tensor, object_frame: Tensor, mask_logits: Tensor, prompted: Tensor) -> Tensor:
+    def forward(
+        self, frame_embeddings: Tensor, object_frame: Tensor, mask_logits: Tensor, prompted: Tensor, object_scores: Tensor
+    ) -> Tensor:
         """Contract `memory_encoder`: memory_maps."""
-        size = self.config.sam2.image_size
-        logits = F.interpolate(mask_logits[:, None], (size, size), mode="bilinear")  # [O, 4 g, 4 g] -> [O, 1, S, S]
+        sam2 = self.config.sam2
+        size = (sam2.image_size, sam2.image_size)
+        logits = F.interpolate(mask_logits[:, None], size, mode="bilinear")  # [O, 4 g, 4 g] -> [O, 1, S, S]
         mask = torch.where(prompted[:, None, None, None], (logits > 0).float(), logits.sigmoid())
         mask = mask * settings.MEMORY_MASK_SCALE + settings.MEMORY_MASK_BIAS
         frames = self.pix_feat_proj(frame_embeddings)[object_frame]  # [T, C, g, g] -> [O, C, g, g]
         maps: Tensor = self.out_proj(self.fuser(frames + self.mask_downsampler(mask)))  # -> [O, memory_width, g, g]
+        if sam2.absent_embedding:
+            absent = maps + self.no_obj_embed_spatial[:, :, None, None]
+            maps = torch.where(object_scores[:, None, None, None] > 0, maps, absent)
         return maps.to(torch.bfloat16).float()
 
 

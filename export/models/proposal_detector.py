@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ensemble import settings
 from ensemble.config import ModelConfig, ProposerConfig
 
 from .hiera import FeaturePyramid, Hiera
@@ -79,13 +78,11 @@ class ProposalDetector(Graph):
         self.register_buffer("cell_boxes", boxes[None], persistent=False)  # [1, g * g, 4]
         self.register_buffer("cell_proposals", inverse_sigmoid(proposals)[None], persistent=False)  # [1, g * g, 4]
 
-    def forward(self, proposal_image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Contract `proposal_detector`: (proposal_boxes, proposal_features, proposal_scores)."""
+    def forward(self, proposal_image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Contract `proposal_detector`: (query_boxes, query_features, coco_scores, sa1b_scores)."""
         boxes, features, coco_logits, sa1b_logits = self.detect(proposal_image)
-        scores = coco_logits.sigmoid() ** settings.COCO_SCORE_POWER * sa1b_logits.sigmoid() ** settings.SA1B_SCORE_POWER
-        scores, best = scores.topk(self.config.proposer.topk)
-        centres, sides = boxes[best].chunk(2, 1)  # [P, 4] -> 2 x [P, 2]
-        return torch.cat([centres - sides / 2, centres + sides / 2], 1), features[best], scores
+        centres, sides = boxes.chunk(2, 1)  # [Q, 4] -> 2 x [Q, 2]
+        return torch.cat([centres - sides / 2, centres + sides / 2], 1), features, coco_logits.sigmoid(), sa1b_logits.sigmoid()
 
     def detect(self, proposal_image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Every query's box, in the order of the encoder's ranking.
