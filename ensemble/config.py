@@ -138,7 +138,6 @@ class ProposerConfig:
     mlp_width: int = 1024
     points: int = 4
     queries: int = 300
-    topk: int = 100
 
     @property
     def grid(self) -> int:
@@ -255,7 +254,7 @@ TINY = ModelConfig(
         memory_layers=1,
         memory_mlp_width=128,
     ),
-    proposer=ProposerConfig(image_size=224, hiera=_TINY_HIERA, width=64, layers=2, mlp_width=128, queries=60, topk=50),
+    proposer=ProposerConfig(image_size=224, hiera=_TINY_HIERA, width=64, layers=2, mlp_width=128, queries=60),
     selector=SelectorConfig(width=64),
 )
 """Every part of the architecture, small enough for seconds on two cores. Its weights are random: its masks mean nothing."""

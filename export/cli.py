@@ -9,9 +9,6 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from ensemble.components import components
-from ensemble.config import FULL
-
 from .serve import Ports, Server, ServerError
 
 
@@ -19,19 +16,22 @@ from .serve import Ports, Server, ServerError
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Model repository to write.")
 def export(checkpoint: Path, out: Path) -> None:
-    """Turn CHECKPOINT (a folder in the original's layout) into a model repository."""
+    """Turn CHECKPOINT into a model repository.
+
+    CHECKPOINT is a folder in our layout, the original's working directory, or a SAM2 file, which serves sparrow_track alone.
+    """
     from .checkpoints import Checkpoint, CheckpointError
     from .to_repository import repository_from_checkpoint
 
-    graphs = [component.name for component in components(FULL).values() if component.is_graph]
     try:
-        with tqdm(total=len(graphs), unit="graph") as bar:
+        source = Checkpoint(checkpoint)
+        with tqdm(total=len(source.components), unit="graph") as bar:
 
             def progress(name: str) -> None:
                 bar.set_description(name)
                 bar.update()
 
-            repository_from_checkpoint(Checkpoint(checkpoint), out, progress)
+            repository_from_checkpoint(source, out, progress)
     except CheckpointError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"Model repository: {out}\nStart it: sparrow serve {out}")

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ensemble.generation import LanguageModel
+from ensemble.generation import Decoder, LanguageModel
 from ensemble.pipeline import Pipeline
-from ensemble.runner import LocalRunner
+from ensemble.runner import Graph, LocalRunner
 from ensemble.tokenizer import Tokenizer
 from ensemble.tracker import Tracker
 
 from .checkpoints import Checkpoint
-from .models import MODULES
-from .runners import TorchDecoder, TorchGraph
+from .runners import TorchDecoder, TorchGraph, open_decoder, open_graph
+from .to_repository import export_graph
 
 
-def local_runner(checkpoint: Checkpoint) -> LocalRunner:
-    """All components as torch modules in eager mode."""
-    graphs = {name: TorchGraph(checkpoint.build(name), name) for name in MODULES if name != "language_decoder"}
-    runner = LocalRunner(graphs)
+def torch_pipeline(checkpoint: Checkpoint) -> Pipeline:
+    """The component `sparrow` over torch modules in eager mode."""
+    graphs = {name: TorchGraph(checkpoint.build(name), name) for name in checkpoint.components if name != "language_decoder"}
     decoder: Any = checkpoint.build("language_decoder")
-    runner.stateful["language_model"] = LanguageModel(
-        checkpoint.config, TorchDecoder(decoder, graphs["token_embedder"], graphs["prompt_projector"])
-    )
+    return pipeline(checkpoint, graphs, TorchDecoder(decoder, graphs["token_embedder"], graphs["prompt_projector"]))
+
+
+def onnx_pipeline(checkpoint: Checkpoint, folder: Path) -> Pipeline:
+    """The component `sparrow` over ONNX graphs, which are exported to `folder` where they are not there yet."""
+    for name in checkpoint.components:
+        if not (folder / f"{name}.onnx").exists():
+            export_graph(checkpoint.root, name, "onnx", folder)
+    graphs = {name: open_graph("onnx", folder, name, checkpoint.config) for name in checkpoint.components}
+    return pipeline(checkpoint, graphs, open_decoder("onnx", folder, checkpoint.config))
+
+
+def pipeline(checkpoint: Checkpoint, graphs: Mapping[str, Graph], decoder: Decoder) -> Pipeline:
+    """The component `sparrow` over any graphs."""
+    runner = LocalRunner(graphs)
+    runner.stateful["language_model"] = LanguageModel(checkpoint.config, decoder)
     runner.stateful["tracker"] = Tracker(checkpoint.config, runner)
-    return runner
-
-
-def local_pipeline(checkpoint: Checkpoint) -> Pipeline:
-    """The component `sparrow` in this process."""
-    return Pipeline(checkpoint.config, Tokenizer(checkpoint.path("sparrow")), local_runner(checkpoint))
+    return Pipeline(checkpoint.config, Tokenizer(checkpoint.path("sparrow")), runner)

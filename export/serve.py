@@ -102,7 +102,7 @@ class Server:
         return process.returncode or 0
 
     def _start(self, workspace: Path) -> None:
-        if not (self.repository / "sparrow" / "config.pbtxt").exists():
+        if not (self.repository / "sparrow_track" / "config.pbtxt").exists():
             raise ServerError(f"{self.repository}: no model repository there. Write one: sparrow export CHECKPOINT -o {self.repository}")
         for name, port in vars(self.ports).items():
             check_port(name, port)

@@ -159,8 +159,9 @@ def repository_from_checkpoint(checkpoint: Checkpoint, folder: Path, progress: C
         if model.serving != "ensemble":
             shutil.copyfile(SOURCE / model.name / "1" / "model.py", version / "model.py")
             (version / "config.json").write_text(checkpoint.config.to_json())
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(checkpoint.path("sparrow") / name, folder / "sparrow" / "1" / name)
+    if "sparrow" in contracts:
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(checkpoint.path("sparrow") / name, folder / "sparrow" / "1" / name)
 
     # A new interpreter each, since torch does not survive a fork.
     with ProcessPoolExecutor(EXPORTS_AT_ONCE, multiprocessing.get_context("spawn")) as pool:

@@ -1,4 +1,4 @@
-"""Whole requests against what the original computed (goldens' README), through the pipeline in torch."""
+"""Whole requests against what the original computed (goldens' README), through the pipeline, in torch and in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ensemble import frames
-from export.local import local_pipeline
+from export.local import onnx_pipeline, torch_pipeline
 from tests import goldens
 
 FIRST_FRAME = {"atol": 2e-3}
@@ -36,16 +36,19 @@ class Recorder:
         return self._runner.session(component, parameters)
 
 
-@pytest.fixture(scope="module")
-def answers():
-    """Every case answered once: the responses, and what passed through the components."""
+@pytest.fixture(scope="module", params=["torch", "onnx"])
+def answers(request, tmp_path_factory):
+    """Every case answered once by one kind of engines: the responses, and what passed through the components."""
     pipelines, done = {}, {}
 
     def answer(case):
         if case in done:
             return done[case]
         if case.pack not in pipelines:
-            pipelines[case.pack] = local_pipeline(goldens.checkpoint(case.pack))
+            checkpoint = goldens.checkpoint(case.pack)
+            folder = tmp_path_factory.getbasetemp() / f"onnx-{case.pack}"
+            folder.mkdir(exist_ok=True)
+            pipelines[case.pack] = torch_pipeline(checkpoint) if request.param == "torch" else onnx_pipeline(checkpoint, folder)
         pipeline = pipelines[case.pack]
         runner, tracker = pipeline.runner, pipeline.runner.stateful["tracker"]
         pipeline.runner = tracker._runner = recorder = Recorder(runner, ("mask_decoder", "memory_encoder", "proposal_selector"))

@@ -149,7 +149,7 @@ def test_every_folder_with_code_has_a_rule():
         ("client", "_client.py", "from sparrow_client import _types"),
         ("client", "_client.py", "import click"),
         ("client", "segment.py", "import cv2"),
-        ("benchmarks", "run.py", "from export.local import local_pipeline"),
+        ("benchmarks", "run.py", "from export.local import torch_pipeline"),
     ],
 )
 def test_rules_catch_an_import_in_the_wrong_place(folder, file, source):

@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 GOLDEN_TOLERANCE = 1e-3
 """Relative to the largest value: two ranks turn rounding into other queries (goldens' README). Measured: 5e-6."""
 
-PROPOSER = ProposerConfig(image_size=96, width=32, layers=3, heads=4, mlp_width=48, points=3, queries=20, topk=10)
+PROPOSER = ProposerConfig(image_size=96, width=32, layers=3, heads=4, mlp_width=48, points=3, queries=20)
 ORACLE = DeformableDetrConfig(
     d_model=PROPOSER.width,
     encoder_attention_heads=PROPOSER.heads,

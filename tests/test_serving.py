@@ -34,7 +34,7 @@ from ensemble import settings
 from ensemble.errors import SparrowError
 from ensemble.options import Options
 from ensemble.runner import open_session
-from export.local import local_pipeline
+from export.local import torch_pipeline
 from export.tiny import ANSWER, draw_frame, write_clip
 
 pytestmark = pytest.mark.serving
@@ -46,7 +46,7 @@ SAME_BITS = 0.998
 
 @pytest.fixture(scope="module")
 def pipeline(tiny):
-    return local_pipeline(tiny)
+    return torch_pipeline(tiny)
 
 
 @pytest.fixture
