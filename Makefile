@@ -55,7 +55,7 @@ clean:  ## remove everything that was built
 	rm -rf build $(VENV) *.egg-info
 
 build/tiny/checkpoint/sparrow-finetune/config.json: $(CODE) | $(VENV)/export
-	$(BIN)/python -m export.tiny build/tiny
+	$(BIN)/python -m export.seeded build/tiny tiny
 
 build/tiny/repository/built: build/tiny/checkpoint/sparrow-finetune/config.json
 	$(BIN)/sparrow export build/tiny/checkpoint -o build/tiny/repository

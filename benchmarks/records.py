@@ -56,18 +56,24 @@ def environment(url: str, preset: str) -> dict[str, Any]:
         models = [model["name"] for model in client.get_model_repository_index(as_json=True)["models"]]
         parameters = {name: client.get_model_config(name, as_json=True)["config"].get("parameters", {}) for name in models}
         server = client.get_server_metadata(as_json=True)["version"]
-    gpu, driver = (*command("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").split(", "), None, None)[:2]
+    gpu, driver, *_ = (*nvidia_smi("name,driver_version"), None, None)
     return {
-        "gpu": gpu or None,
+        "gpu": gpu,
         "driver": driver,
         "torch": installed("torch"),
         "tritonserver": server,
         "engine_kinds": {name: fields["engine_kind"]["string_value"] for name, fields in parameters.items() if "engine_kind" in fields},
         "preset": preset,
-        "precision": "float32",
+        "precision": parameters["frame_encoder"]["precision"]["string_value"],
         "git": command("git", "-C", str(RESULTS), "describe", "--always", "--dirty"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def nvidia_smi(fields: str) -> list[str]:
+    """What it says of the first GPU; nothing where there is none."""
+    line = command("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    return line.split(", ") if line else []
 
 
 def command(*words: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import click
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from sparrow_client import SparrowClient
 from tqdm import tqdm
 
-from .records import append, environment, record
+from .records import append, environment, nvidia_smi, record
 
 HEIGHT, WIDTH = 480, 854
 CLIP_FRAMES, TRACK_FRAMES, WARM_UP = 16, 100, 10
@@ -31,6 +32,10 @@ def bench(server: str, repeats: int) -> None:
     env = environment(server, preset)
     size = f"{HEIGHT}x{WIDTH}"
     lines = [record("serving", f"clip_{CLIP_FRAMES}f_{size}", "first_answer_ms", np.median(answers), "ms", answers, env)]
+    if ready_s := os.environ.get("SPARROW_READY_S"):
+        lines.append(record("serving", preset, "ready_s", float(ready_s), "s", [float(ready_s)], env))
+    for used_mib in map(float, nvidia_smi("memory.used")):
+        lines.append(record("serving", preset, "gpu_memory_gb", used_mib * 2**20 / 1e9, "GB", [used_mib * 2**20 / 1e9], env))
     for count, samples in tracked.items():
         workload = f"track_{count}obj_{size}"
         for metric, percentile in (("track_frame_ms_p50", 50), ("track_frame_ms_p99", 99)):

@@ -1,4 +1,4 @@
-"""Renders the tables of README.md from results/: `python -m benchmarks.tables [--check]`.
+"""Renders the tables of the documents from results/: `python -m benchmarks.tables [--check]`.
 
 A table stands between `<!-- results: cpu/serving -->` and `<!-- end -->`.
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .records import RESULTS, latest
 
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "parity" / "full_size.md")
 SHOWN = ("gpu", "driver", "torch", "tritonserver", "preset", "precision", "git", "date")
 """What a table says of the machine and the server that it was measured on."""
 
@@ -38,15 +39,14 @@ def render(text: str) -> str:
 
 
 def main(check: bool) -> int:
-    """Writes the README, or says whether it is up to date; the exit status."""
-    text = README.read_text()
-    rendered = render(text)
-    if not check:
-        README.write_text(rendered)
-    elif text != rendered:
-        sys.stderr.write(f"{README.name}: its tables differ from benchmarks/results. Run: make generate\n")
-        return 1
-    return 0
+    """Writes the documents, or says which are not up to date; the exit status."""
+    stale = [path for path in DOCUMENTS if path.read_text() != render(path.read_text())]
+    for path in stale:
+        if check:
+            sys.stderr.write(f"{path.relative_to(ROOT)}: its tables differ from benchmarks/results. Run: make generate\n")
+        else:
+            path.write_text(render(path.read_text()))
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def write_proposal_debug(folder: Path, answer: Answer, proposal_debug: str) -> N
     """proposal_debug/: the first frame, stretched to a square, with boxes; the boxes as text; whether guidance took part."""
     folder.mkdir()
     reason = answer.summary.fields["guidance"]
-    (folder / "debug_info.txt").write_text(f"enabled: {reason == 'ok'}\nreason: {reason}\n")
+    enabled = reason in ("ok", "no_selector_embeddings")
+    (folder / "debug_info.txt").write_text(f"enabled: {enabled}\nreason: {reason}\n")
     if answer.proposals is None:
         return
     found = answer.proposals if reason == "ok" else Proposals(answer.proposals.frame, NOTHING, np.zeros(0, np.float32))

@@ -63,6 +63,9 @@ NO_CONNECTION = ("failed to connect", "errors resolving", "Socket closed", "Conn
 NOT_STARTED = "must specify the START flag"
 """Triton's own words for a frame of a sequence that is not open."""
 
+UNKNOWN_MODEL = "Request for unknown model"
+"""Triton's own words for a model that its repository does not hold."""
+
 BAD_TENSOR = "input '"
 """Triton's own words for a tensor whose dtype or shape it refuses before the model sees it."""
 
@@ -78,4 +81,7 @@ def error_from_triton(error: InferenceServerException, model_name: str, request_
     if NOT_STARTED in message:
         advice = "The session never started, has ended, or was idle too long: open a new one."
         return UnknownSession(f"{message}. {advice}", model_name, request_id)
+    if UNKNOWN_MODEL in message:
+        advice = "A SAM2 file alone can only track: use `track`, or export a whole checkpoint."
+        return InvalidInput(f"{model_name}: this server has no such model. {advice}", model_name, request_id)
     return (InvalidInput if BAD_TENSOR in message else RequestFailed)(message, model_name, request_id)

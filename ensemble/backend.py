@@ -5,6 +5,7 @@ Only importable inside a model.py, where Triton provides `triton_python_backend_
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import secrets
@@ -65,6 +66,7 @@ class Model:
     settings: dict[str, str]
 
     def initialize(self, args: dict[str, str]) -> None:
+        faulthandler.enable()  # a crash of the process leaves a trace in the server's log
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         self.name = args["model_name"]
         self.folder = Path(args["model_repository"]) / args["model_version"]
@@ -76,12 +78,12 @@ class Model:
 class GraphModel(Model):
     """Serves one exported graph; requests of a batched graph run together."""
 
-    open_graph: Callable[[str, Path, str, ModelConfig], Graph]
-    """Engine kind, folder, component and sizes to a loaded graph."""
+    open_graph: Callable[[dict[str, str], Path, str, ModelConfig], Graph]
+    """Settings, folder, component and sizes to a loaded graph."""
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
-        self.graph = self.open_graph(self.settings["engine_kind"], self.folder, self.name, self.config)
+        self.graph = self.open_graph(self.settings, self.folder, self.name, self.config)
         self.batched = json.loads(args["model_config"])["max_batch_size"] > 0
 
     def execute(self, requests: list[Any]) -> list[Any]:

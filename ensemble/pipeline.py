@@ -171,9 +171,10 @@ class Pipeline:
         """Yields text; returns the answer."""
         answer = Answer(self.tokenizer, self.config.language)
         with timings.stage("vision"):
-            seen = clip.frames[preprocess.encoder_indices(len(clip.frames), self.config.num_frames)] if clip.is_video else clip.frames[:1]
+            indices = preprocess.encoder_indices(len(clip.frames), self.config.num_frames) if clip.is_video else [0]
+            seen = clip.frames[indices]
             request: Arrays = {"prompt_ids": ids, "visual_tokens": self._visual_tokens(seen, clip.is_video)}
-            request |= self._target_tokens(seen, inputs, clip, options)
+            request |= self._target_tokens(indices, inputs, clip, options)
         sampling = Sampling(options.temperature, options.top_k, options.seed)
         parameters = {SAMPLING: sampling.to_json()} if options.do_sample else {}
         with open_session(self.runner, "language_model", parameters) as session:
@@ -188,13 +189,13 @@ class Pipeline:
                     break
         return answer
 
-    def _target_tokens(self, seen: Array, inputs: Arrays, clip: Clip, options: Options) -> Arrays:
+    def _target_tokens(self, indices: list[int], inputs: Arrays, clip: Clip, options: Options) -> Arrays:
         """The input target_tokens of language_model, where there is a target or room is kept for one (spec 1.7)."""
         most = min(options.target_tokens, settings.MAX_TARGET_TOKENS if clip.is_video else 1)
         if "target_crop" in inputs:
             crops = [inputs["target_crop"]]
         elif "target_boxes" in inputs:
-            crops = targets.crop_targets(seen, inputs["target_boxes"])
+            crops = targets.crop_targets(clip.frames, indices, inputs["target_boxes"])
         elif options.target_placeholders:
             return {"target_tokens": np.zeros((most, self.config.language.width), np.float32)}
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from . import settings
@@ -9,14 +11,15 @@ from .errors import InvalidInput
 from .tensors import Array
 
 
-def crop_targets(frames: Array, rows: Array) -> list[Array]:
-    """One crop per frame.
+def crop_targets(frames: Array, indices: Sequence[int], rows: Array) -> list[Array]:
+    """One crop per frame that the vision towers see.
 
     Args:
-        frames: [T, H, W, 3] uint8, the frames that the vision towers see.
-        rows: [R, 4] float32 pixels, xyxy or xywh (see `boxes_xyxy`); the last row serves the frames behind it.
+        frames: [T, H, W, 3] uint8, the whole clip.
+        indices: which of them are seen; the last one repeated, as short clips are filled up, is cropped once.
+        rows: [R, 4] float32 pixels, xyxy or xywh (see `boxes_xyxy`), a row per frame of the clip; the last one serves those behind it.
     Returns:
-        T arrays [h, w, 3] uint8, at least one pixel a side.
+        Arrays [h, w, 3] uint8, at least one pixel a side.
     Raises:
         InvalidInput: a value is not finite.
     """
@@ -25,23 +28,24 @@ def crop_targets(frames: Array, rows: Array) -> list[Array]:
     height, width = frames.shape[1:3]
     boxes = boxes_xyxy(rows, height, width)
     crops = []
-    for index, frame in enumerate(frames):
+    for index in dict.fromkeys(indices):
         x1, y1, x2, y2 = boxes[min(index, len(boxes) - 1)]
         left, top = int(np.clip(np.floor(x1), 0, width - 1)), int(np.clip(np.floor(y1), 0, height - 1))
         right, bottom = int(np.clip(np.ceil(x2), left + 1, width)), int(np.clip(np.ceil(y2), top + 1, height))
-        crops.append(frame[top:bottom, left:right])
+        crops.append(frames[index, top:bottom, left:right])
     return crops
 
 
 def boxes_xyxy(rows: Array, height: int, width: int) -> Array:
-    """Rows as xyxy: every row votes for the reading that fits the frame, ties go to xywh."""
+    """Rows as xyxy: every row votes for the readings that give a box and for those inside the frame, ties go to xywh (chat.py)."""
     first, last = rows[:, :2], rows[:, 2:]
-    size = np.array([width, height], np.float32)
-    fits_xyxy = ((last > first) & (last <= size)).all(1)
-    fits_xywh = ((last > 0) & (first + last <= size)).all(1)
-    if fits_xyxy.sum() > fits_xywh.sum():
-        return rows
-    return np.concatenate([first, first + last], 1)
+    moved = np.concatenate([first, first + last], 1)
+    limits = np.tile(np.array([width, height], np.float32), 2)
+    corners, sizes = (last > first).all(1), (last > 0).all(1)
+    corners_inside, sizes_inside = (((boxes >= 0) & (boxes <= limits)).all(1) for boxes in (rows, moved))
+    xyxy = corners.sum() + (corners & corners_inside).sum() + (sizes & ~sizes_inside).sum()
+    xywh = 2 * (~corners).sum() + sizes.sum() + (corners & ~corners_inside).sum() + (sizes & sizes_inside).sum()
+    return rows if xyxy > xywh else moved
 
 
 def medoids(features: Array, k: int = settings.TARGET_TOKENS, steps: int = settings.TARGET_KMEANS_STEPS) -> Array:

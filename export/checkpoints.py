@@ -618,7 +618,7 @@ def write_checkpoint(root: Path, config: ModelConfig, states: dict[str, dict[str
     }
     for source, tensors in states.items():
         path = root / SOURCES[source]
-        halves = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
+        halves = {name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".pt":
             torch.save({"model": halves}, path)
@@ -630,12 +630,13 @@ def write_checkpoint(root: Path, config: ModelConfig, states: dict[str, dict[str
     (root / SOURCES["sparrow"] / "generation_config.json").write_text(json.dumps(eos, indent=2))
 
 
-def random_states(config: ModelConfig, seed: int) -> dict[str, dict[str, Tensor]]:
+def random_states(config: ModelConfig, seed: int, device: str = "cpu") -> dict[str, dict[str, Tensor]]:
     """Seeded random weights of every component under their original names; modules that share a weight get the same one."""
     torch.manual_seed(seed)
     states: dict[str, dict[str, Tensor]] = {source: {} for source in SOURCES}
     for component in MODULES:
-        module = graph_class(component)(config)
+        with torch.device(device):
+            module = graph_class(component)(config)
         for own, tensor in module.state_dict().items():
             source, name = original_name(module, own).split(":")
             states[source].setdefault(name, tensor)

@@ -9,13 +9,19 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from .runners import ENGINE_SUFFIX, PRECISIONS, QUANTIZATION_BITS, Engine
 from .serve import Ports, Server, ServerError
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Model repository to write.")
-def export(checkpoint: Path, out: Path) -> None:
+@click.option("--engine", type=click.Choice(list(ENGINE_SUFFIX)), default="onnx", show_default=True, help="What the graphs run in.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True, help="Half needs --engine torch.")
+@click.option(
+    "--quantization", type=click.Choice(list(QUANTIZATION_BITS)), default="none", show_default=True, help="Of the language model's layers."
+)
+def export(checkpoint: Path, out: Path, engine: str, precision: str, quantization: str) -> None:
     """Turn CHECKPOINT into a model repository.
 
     CHECKPOINT is a folder in our layout, the original's working directory, or a SAM2 file, which serves sparrow_track alone.
@@ -25,14 +31,15 @@ def export(checkpoint: Path, out: Path) -> None:
 
     try:
         source = Checkpoint(checkpoint)
+        settings = Engine(engine, precision, quantization)
         with tqdm(total=len(source.components), unit="graph") as bar:
 
             def progress(name: str) -> None:
                 bar.set_description(name)
                 bar.update()
 
-            repository_from_checkpoint(source, out, progress)
-    except CheckpointError as error:
+            repository_from_checkpoint(source, out, progress, settings)
+    except (CheckpointError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"Model repository: {out}\nStart it: sparrow serve {out}")
 

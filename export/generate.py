@@ -18,6 +18,7 @@ from ensemble.graph import PUBLIC, served
 from ensemble.options import Options
 from ensemble.tensors import TensorSpec
 
+from .runners import Engine
 from .to_repository import HEADER, SOURCE, describe, write_configs
 
 ROOT = SOURCE.parent
@@ -50,7 +51,7 @@ def wire_dtype(spec: TensorSpec) -> str:
 def generated() -> dict[Path, str]:
     """Path below the repository's root to content."""
     with tempfile.TemporaryDirectory() as folder:
-        write_configs(FULL, Path(folder))
+        write_configs(FULL, Path(folder), Engine())
         configs = {
             Path(SOURCE.name) / model.name / "config.pbtxt": (Path(folder) / model.name / "config.pbtxt").read_text()
             for model in served(components(FULL))

@@ -13,7 +13,7 @@ from ensemble.tokenizer import Tokenizer
 from ensemble.tracker import Tracker
 
 from .checkpoints import Checkpoint
-from .runners import TorchDecoder, TorchGraph, open_decoder, open_graph
+from .runners import Engine, TorchDecoder, TorchGraph, open_decoder, open_graph
 from .to_repository import export_graph
 
 
@@ -28,9 +28,9 @@ def onnx_pipeline(checkpoint: Checkpoint, folder: Path) -> Pipeline:
     """The component `sparrow` over ONNX graphs, which are exported to `folder` where they are not there yet."""
     for name in checkpoint.components:
         if not (folder / f"{name}.onnx").exists():
-            export_graph(checkpoint.root, name, "onnx", folder)
-    graphs = {name: open_graph("onnx", folder, name, checkpoint.config) for name in checkpoint.components}
-    return pipeline(checkpoint, graphs, open_decoder("onnx", folder, checkpoint.config))
+            export_graph(checkpoint.root, name, Engine(), folder)
+    graphs = {name: open_graph({}, folder, name, checkpoint.config) for name in checkpoint.components}
+    return pipeline(checkpoint, graphs, open_decoder({}, folder, checkpoint.config))
 
 
 def pipeline(checkpoint: Checkpoint, graphs: Mapping[str, Graph], decoder: Decoder) -> Pipeline:

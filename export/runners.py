@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +17,43 @@ from ensemble.generation import Decoder
 from ensemble.runner import Graph
 from ensemble.tensors import Array, Arrays
 
+from .quantize import quantize
+
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
     from .models.language_model import LanguageDecoder
     from .models.layers import Graph as Module
 
 ENGINE_SUFFIX = {"torch": ".safetensors", "onnx": ".onnx"}
 """Engine kind to the file that it is kept in, beside its component's model.py."""
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+QUANTIZATION_BITS = {"none": None, "8bit": 8, "4bit": 4}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a model's graphs run; travels as the parameters of its config.pbtxt.
+
+    Args:
+        engine_kind: key of ENGINE_SUFFIX.
+        precision: of weights and products, one of PRECISIONS; norms, softmax and scores stay in float32. Half precision needs torch.
+        quantization: key of QUANTIZATION_BITS; of the language model's layers.
+    """
+
+    engine_kind: str = "onnx"
+    precision: str = "float32"
+    quantization: str = "none"
+
+    def __post_init__(self) -> None:
+        known = (("engine_kind", ENGINE_SUFFIX), ("precision", PRECISIONS), ("quantization", QUANTIZATION_BITS))
+        for name, values in known:
+            if getattr(self, name) not in values:
+                raise ValueError(f"engine: got {name} {getattr(self, name)!r}, expected one of {', '.join(values)}.")
+        if self.engine_kind != "torch" and self.precision != "float32":
+            raise ValueError(f"engine: got {self.engine_kind} in {self.precision}, expected torch: other kinds are float32 here.")
 
 
 class OnnxGraph:
@@ -44,27 +78,66 @@ class OnnxGraph:
         return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
 
 
+def torch_device() -> str:
+    """The GPU, or the CPU where there is none."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class TorchPlace:
+    """A module on this process's device, with the products of a precision.
+
+    Args:
+        module: its weights decide nothing but their own storage.
+        precision: one of PRECISIONS.
+    """
+
+    def __init__(self, module: nn.Module, precision: str) -> None:
+        import torch
+
+        self.device = torch_device()
+        self.dtype: torch.dtype = getattr(torch, precision)
+        self.module = module.to(self.device)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """What forward passes run in; as the original, half weights under autocast (spec 12.3)."""
+        import torch
+
+        with torch.inference_mode(), torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            yield
+
+    def tensor(self, array: Array) -> Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def array(self, tensor: Tensor) -> Array:
+        """Floats as float32, whatever they were computed in."""
+        return np.asarray((tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy())
+
+
 class TorchGraph:
     """A torch module in eager mode.
 
     Args:
         module: takes and returns the tensors of its contract in order.
         component: its name.
+        precision: one of PRECISIONS.
     """
 
-    def __init__(self, module: Module, component: str) -> None:
-        self._module = module
+    def __init__(self, module: Module, component: str, precision: str = "float32") -> None:
+        self._place = TorchPlace(module, precision)
         contract = components(module.config)[component]
         self._inputs = [spec.name for spec in contract.inputs]
         self._outputs = [spec.name for spec in contract.outputs]
 
     def run(self, inputs: Arrays) -> Arrays:
-        import torch
-
-        with torch.inference_mode():
-            outputs = self._module(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self._inputs))
+        with self._place.inference():
+            outputs = self._place.module(*(self._place.tensor(inputs[name]) for name in self._inputs))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return {name: tensor.numpy() for name, tensor in zip(self._outputs, outputs, strict=True)}
+        return {name: self._place.array(tensor) for name, tensor in zip(self._outputs, outputs, strict=True)}
 
 
 class DecoderEnds:
@@ -131,19 +204,21 @@ class TorchDecoder(DecoderEnds):
     Args:
         decoder: its weights and sizes.
         embedder, projector: graphs of token_embedder and prompt_projector.
+        precision: one of PRECISIONS; of the cache too.
     """
 
-    def __init__(self, decoder: LanguageDecoder, embedder: Graph, projector: Graph) -> None:
-        import torch
-
+    def __init__(self, decoder: LanguageDecoder, embedder: Graph, projector: Graph, precision: str = "float32") -> None:
         super().__init__(embedder, projector)
-        language = decoder.config.language
-        shape = (language.layers, settings.MAX_GENERATIONS, language.heads, decoder.config.max_sequence, language.width // language.heads)
-        self._decoder = decoder
-        self._keys, self._values = torch.zeros(shape), torch.zeros(shape)
+        self._decoder, self._place = decoder, TorchPlace(decoder, precision)
         self._lengths = np.zeros(settings.MAX_GENERATIONS, np.int64)
+        self._keys, self._values = self._empty(0), self._empty(0)
 
     def prefill(self, slot: int, embeddings: Array) -> tuple[Array, Array]:
+        import torch
+
+        if missing := max(0, slot + 1 - self._keys.shape[1]):  # the cache grows to as many answers as there ever were at once
+            self._keys = torch.cat([self._keys, self._empty(missing)], 1)
+            self._values = torch.cat([self._values, self._empty(missing)], 1)
         logits, states = self._append(slot, embeddings[None], np.arange(len(embeddings))[None])
         self._lengths[slot] = len(embeddings)
         return logits[0], states[0]
@@ -160,40 +235,58 @@ class TorchDecoder(DecoderEnds):
         self._lengths[slots] += 1
         return logits[rows], states[rows]
 
-    def _append(self, first: int, embeddings: Array, positions: Array) -> tuple[Array, Array]:
-        """New tokens [n, S, H] at their positions [n, S] in the slots from `first` on."""
+    def _empty(self, slots: int) -> Tensor:
+        """[layers, slots, heads, positions, C / heads] of the cache."""
         import torch
 
+        config = self._decoder.config
+        heads, width = config.language.heads, config.language.width
+        shape = (config.language.layers, slots, heads, config.max_sequence, width // heads)
+        return torch.zeros(shape, dtype=self._place.dtype, device=self._place.device)
+
+    def _append(self, first: int, embeddings: Array, positions: Array) -> tuple[Array, Array]:
+        """New tokens [n, S, H] at their positions [n, S] in the slots from `first` on."""
         rows, used = slice(first, first + len(embeddings)), int(positions.max()) + 1
-        with torch.inference_mode():
-            logits, states = self._decoder.decode_(
-                torch.from_numpy(embeddings), torch.from_numpy(positions), self._keys[:, rows, :, :used], self._values[:, rows, :, :used]
-            )
-        return logits.numpy(), states.numpy()
+        tensors = self._place.tensor(embeddings), self._place.tensor(positions)
+        with self._place.inference():
+            logits, states = self._decoder.decode_(*tensors, self._keys[:, rows, :, :used], self._values[:, rows, :, :used])
+        return self._place.array(logits), self._place.array(states)
 
 
-def open_graph(kind: str, folder: Path, component: str, config: ModelConfig) -> Graph:
-    """A component's graph of one engine kind.
+def open_graph(settings: Mapping[str, str], folder: Path, component: str, config: ModelConfig) -> Graph:
+    """A component's graph.
 
     Args:
-        kind: key of ENGINE_SUFFIX.
+        settings: fields of `Engine`.
         folder: holds `<component><suffix>`.
     Raises:
         FileNotFoundError: it was not exported; says how to.
     """
-    path = folder / f"{component}{ENGINE_SUFFIX[kind]}"
+    engine = Engine(**settings)
+    path = engine_path(engine, folder, component)
+    if engine.engine_kind == "onnx":
+        return OnnxGraph(path)
+    return TorchGraph(load_module(path, component, config), component, engine.precision)
+
+
+def open_decoder(settings: Mapping[str, str], folder: Path, config: ModelConfig) -> Decoder:
+    """The language model, from a folder that holds its three graphs; as `open_graph`."""
+    engine = Engine(**settings)
+    embedder, projector = (open_graph(settings, folder, name, config) for name in ("token_embedder", "prompt_projector"))
+    if engine.engine_kind == "onnx":
+        return GraphDecoder(open_graph(settings, folder, "language_decoder", config), embedder, projector, config)
+    module: Any = load_module(engine_path(engine, folder, "language_decoder"), "language_decoder", config)
+    if bits := QUANTIZATION_BITS[engine.quantization]:
+        quantize(module, bits, torch_device())
+    return TorchDecoder(module, embedder, projector, engine.precision)
+
+
+def engine_path(engine: Engine, folder: Path, component: str) -> Path:
+    """The file of a component's graph; raises FileNotFoundError that says how to make it."""
+    path = folder / f"{component}{ENGINE_SUFFIX[engine.engine_kind]}"
     if not path.exists():
         raise FileNotFoundError(f"{component}: no {path.name} in {folder}. Build it: sparrow export CHECKPOINT -o REPOSITORY")
-    return OnnxGraph(path) if kind == "onnx" else TorchGraph(load_module(path, component, config), component)
-
-
-def open_decoder(kind: str, folder: Path, config: ModelConfig) -> Decoder:
-    """The language model of one engine kind, from a folder that holds its three graphs."""
-    embedder, projector = (open_graph(kind, folder, name, config) for name in ("token_embedder", "prompt_projector"))
-    if kind == "torch":
-        module: Any = load_module(folder / f"language_decoder{ENGINE_SUFFIX[kind]}", "language_decoder", config)
-        return TorchDecoder(module, embedder, projector)
-    return GraphDecoder(open_graph(kind, folder, "language_decoder", config), embedder, projector, config)
+    return path
 
 
 def load_module(path: Path, component: str, config: ModelConfig) -> Module:
@@ -207,8 +300,11 @@ def load_module(path: Path, component: str, config: ModelConfig) -> Module:
     return module.requires_grad_(False).eval()
 
 
-def save_module(module: Module, path: Path) -> None:
-    """Writes a component's weights under its own names."""
+def save_module(module: Module, path: Path, precision: str) -> None:
+    """Writes a component's weights under its own names: matrices in a precision, vectors (norms, biases) in float32."""
+    import torch
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
+    dtype = getattr(torch, precision)
+    state = module.state_dict()
+    save_file({name: (tensor.to(dtype) if tensor.ndim > 1 else tensor).contiguous() for name, tensor in state.items()}, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -77,9 +78,11 @@ class Server:
 
     def __enter__(self) -> Server:
         with contextlib.ExitStack() as stack:
+            start = time.monotonic()
             self._start(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparrow-"))))
             stack.callback(self._stop)
             self._wait_until_ready()
+            self.ready_s = time.monotonic() - start
             self._stack = stack.pop_all()
         return self
 
@@ -87,12 +90,14 @@ class Server:
         self._stack.close()
 
     def run(self, command: Sequence[str] = ()) -> int:
-        """Waits until a command has ended that finds the server in SPARROW_SERVER; without one, until the server ends.
+        """Waits until a command has ended, or without one until the server ends.
+
+        The command finds the server in SPARROW_SERVER, and the seconds that it took to get ready in SPARROW_READY_S.
 
         Returns:
             The exit status of what ended; 0 where nothing did and `stopping` is set.
         """
-        environment = {**os.environ, "SPARROW_SERVER": self.url}
+        environment = {**os.environ, "SPARROW_SERVER": self.url, "SPARROW_READY_S": f"{self.ready_s:.2f}"}
         process = subprocess.Popen(command, env=environment) if command else self._process
         while process.poll() is None and not self.stopping.wait(POLL_S):
             pass
@@ -196,11 +201,14 @@ def find_tritonserver() -> tuple[Path, list[str]]:
     """The server's binary and the folders of the libraries that it and its Python stub need.
 
     Raises:
-        ServerError: the wheel or libpython is missing; says which package brings it.
+        ServerError: the wheel or libpython is missing, or NumPy is too new; says what to install.
     """
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerError("tritonserver: not installed. Install it: pip install 'sparrow-serving[server]'")
+    numpy = importlib.metadata.version("numpy")
+    if not numpy.startswith("1."):
+        raise ServerError(f"NumPy {numpy}: tritonserver's Python stub of this version reads arrays wrongly with it. Install it: 'numpy<2'")
     package = Path(spec.origin).parent
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     library = f"libpython{version}.so.1.0"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from ensemble.config import TINY
 from export.checkpoints import Checkpoint
+from export.seeded import write_seeded
 from export.serve import Ports, Server
-from export.tiny import write_tiny
 from export.to_repository import repository_from_checkpoint
 
 
@@ -16,7 +17,7 @@ from export.to_repository import repository_from_checkpoint
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The seeded tiny checkpoint, read back from disk."""
     root = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    write_tiny(root, seed=0)
+    write_seeded(root, TINY, seed=0)
     return Checkpoint(root)
 
 

@@ -95,7 +95,7 @@ def test_masked_pictures_are_half_red_inside_the_mask_alone(tmp_path, monkeypatc
 @pytest.mark.parametrize("reason", ["no_selector_embeddings", "detection_guidance_disabled"])
 def test_debug_says_why_there_are_no_boxes(tmp_path, reason):
     debug = write(tmp_path / "clip", answer("tracked", reason, num_objects=0), "both") / "sam2_video_branch_on" / "proposal_debug"
-    assert (debug / "debug_info.txt").read_text() == f"enabled: False\nreason: {reason}\n"
+    assert (debug / "debug_info.txt").read_text() == f"enabled: {reason == 'no_selector_embeddings'}\nreason: {reason}\n"
     assert (debug / "proposals_before_filter.txt").read_text() == "No proposals.\n"
     assert (debug / "selected_after_filter.txt").read_text() == "No selected boxes.\n"
 

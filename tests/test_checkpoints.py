@@ -21,7 +21,7 @@ from ensemble.config import (
 )
 from export.checkpoints import HIERA, SOURCES, Checkpoint, CheckpointError, hiera_config, random_states, read_tensors
 from export.models import MODULES, graph_class
-from export.tiny import write_tiny, write_tokenizer
+from export.seeded import write_seeded, write_tokenizer
 from tests import goldens
 
 PREFIX = "model.visual_model.memory_encoder."
@@ -63,8 +63,8 @@ def test_tiny_checkpoint_fits_every_component(tiny, component):
 
 
 def test_tiny_checkpoint_is_the_same_for_the_same_seed_only(tiny, tmp_path):
-    write_tiny(tmp_path / "again", seed=0)
-    write_tiny(tmp_path / "other", seed=1)
+    write_seeded(tmp_path / "again", TINY, seed=0)
+    write_seeded(tmp_path / "other", TINY, seed=1)
     again, other = Checkpoint(tmp_path / "again"), Checkpoint(tmp_path / "other")
     for source in SOURCES:
         assert states_equal(tiny.tensors(source), again.tensors(source))

@@ -12,7 +12,7 @@ from ensemble.pipeline import Answer
 from ensemble.runner import CLOSING, SequenceRequest
 from ensemble.sessions import SessionStore
 from ensemble.tokenizer import Tokenizer
-from export.tiny import write_tokenizer
+from export.seeded import write_tokenizer
 
 WIDTH, END = TINY.language.width, TINY.language.eos_token_ids[-1]
 ID, STORY = 0, 1

@@ -5,7 +5,7 @@ from ensemble.components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER
 from ensemble.errors import InvalidInput
 from ensemble.prompt import ASSISTANT, SYSTEM, check_prompt, phrases, prompt_ids
 from ensemble.tokenizer import Tokenizer
-from export.tiny import write_tokenizer
+from export.seeded import write_tokenizer
 from tests import goldens
 
 

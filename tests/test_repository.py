@@ -8,6 +8,7 @@ from ensemble.config import FULL, PRESETS
 from ensemble.graph import PUBLIC, ensemble_steps, served
 from ensemble.tensors import Dim
 from export import generate
+from export.runners import Engine
 from export.to_repository import SOURCE, write_configs
 
 MODELS = [contract.name for contract in served(components(FULL))]
@@ -20,7 +21,7 @@ def preset(request, tmp_path_factory):
     folder = SOURCE
     if request.param != "full":
         folder = tmp_path_factory.mktemp(request.param)
-        write_configs(PRESETS[request.param], folder)
+        write_configs(PRESETS[request.param], folder, Engine())
     configs = {}
     for path in folder.glob("*/config.pbtxt"):
         configs[path.parent.name] = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())

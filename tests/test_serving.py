@@ -35,7 +35,7 @@ from ensemble.errors import SparrowError
 from ensemble.options import Options
 from ensemble.runner import open_session
 from export.local import torch_pipeline
-from export.tiny import ANSWER, draw_frame, write_clip
+from export.seeded import ANSWER, draw_frame, write_clip
 
 pytestmark = pytest.mark.serving
 

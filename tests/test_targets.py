@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -58,26 +59,42 @@ def test_medoids_are_all_samples_when_there_are_no_more_than_clusters(n):
     assert medoids(samples, k=4) is samples
 
 
-XYXY_ONLY, XYWH_ONLY, EITHER, NEITHER = [60, 40, 90, 50], [60, 40, 20, 10], [1, 1, 30, 20], [0, 0, 200, 200]
+def slow_reading(rows, height, width):
+    """The original's votes, row by row: a reading gains by giving a box and by staying in the frame, else the other one gains."""
+    votes = {"xyxy": 0, "xywh": 0}
+    for x, y, c, d in rows.tolist():
+        for name, is_box, right, bottom in (("xyxy", c > x and d > y, c, d), ("xywh", c > 0 and d > 0, x + c, y + d)):
+            other = "xywh" if name == "xyxy" else "xyxy"
+            if is_box:
+                inside = 0 <= x <= width and 0 <= right <= width and 0 <= y <= height and 0 <= bottom <= height
+                votes[name] += 1
+                votes[name if inside else other] += 1
+            elif name == "xyxy":
+                votes["xywh"] += 2
+    return "xyxy" if votes["xyxy"] > votes["xywh"] else "xywh"
+
+
+def test_boxes_are_read_as_the_original_does():
+    rng, readings = np.random.default_rng(0), Counter()
+    for _ in range(2000):
+        rows = rng.integers(-5, 110, (rng.integers(1, 5), 2, 2))
+        rows = np.where(rng.random((len(rows), 1, 1)) < 0.8, np.sort(rows, 1), rows).reshape(-1, 4).astype(np.float32)
+        readings[reading := slow_reading(rows, 60, 100)] += 1
+        expected = rows if reading == "xyxy" else np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:]], 1)
+        np.testing.assert_array_equal(boxes_xyxy(rows, height=60, width=100), expected)
+    assert min(readings.values()) > 200
 
 
 @pytest.mark.parametrize(
     ("rows", "as_xyxy"),
     [
-        ([XYXY_ONLY], True),
-        ([XYWH_ONLY], False),
-        ([EITHER], False),  # a tie goes to xywh
-        ([NEITHER], False),
-        ([XYXY_ONLY, XYWH_ONLY], False),
-        ([XYXY_ONLY, XYXY_ONLY, XYWH_ONLY, EITHER, NEITHER], True),
-        ([XYXY_ONLY, XYWH_ONLY, XYWH_ONLY], False),
-        ([[0, 0, 100, 60]], False),  # the whole frame, edges included, fits both ways
-        ([[1, 0, 100, 60]], True),
-        ([[60, 40, 90, 61], [60, 40, 101, 50], [10, 10, 20, 20]], False),  # the first two leave the frame either way
-        ([XYXY_ONLY, [60, 40, 20, 0], [60, 40, -5, 10]], True),  # a side has to be positive
+        ([[60, 40, 90, 50]], True),  # as width and height it would leave the frame
+        ([[60, 40, 20, 10]], False),  # as corners it is no box
+        ([[0, 0, 100, 60]], False),  # the whole frame, edges included, fits both ways, and a tie goes to xywh
+        ([[60, 40, 90, 50], [60, 40, 20, 10]], False),  # what is no box as corners weighs double
     ],
 )
-def test_boxes_are_read_the_way_that_most_rows_fit_the_frame(rows, as_xyxy):
+def test_boxes_are_read_the_way_that_gives_boxes_in_the_frame(rows, as_xyxy):
     rows = np.float32(rows)
     expected = rows if as_xyxy else np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:]], 1)
     np.testing.assert_array_equal(boxes_xyxy(rows, height=60, width=100), expected)
@@ -89,14 +106,24 @@ def numbered_frames(num_frames, height=60, width=100):
 
 
 def test_crops_are_rounded_outwards():
-    (crop,) = crop_targets(numbered_frames(1), np.float32([[60.9, 20.1, 70.1, 29.5]]))
+    (crop,) = crop_targets(numbered_frames(1), [0], np.float32([[60.9, 20.1, 70.1, 29.5]]))
     assert crop[0, 0].tolist() == [0, 20, 60]
     assert crop[-1, -1].tolist() == [0, 29, 70]
 
 
 def test_last_row_serves_the_frames_behind_it():
-    crops = crop_targets(numbered_frames(4), np.float32([[60, 20, 70, 30], [80, 40, 90, 50]]))
+    crops = crop_targets(numbered_frames(4), range(4), np.float32([[60, 20, 70, 30], [80, 40, 90, 50]]))
     assert [crop[0, 0].tolist() for crop in crops] == [[0, 20, 60], [1, 40, 80], [2, 40, 80], [3, 40, 80]]
+
+
+def test_rows_are_those_of_the_frames_that_are_seen():
+    rows = np.float32([[index, 10, index + 60, 50] for index in range(20)])
+    crops = crop_targets(numbered_frames(20), [0, 7, 19], rows)
+    assert [crop[0, 0].tolist() for crop in crops] == [[0, 10, 0], [7, 10, 7], [19, 10, 19]]
+
+
+def test_repeated_frames_are_cropped_once():
+    assert len(crop_targets(numbered_frames(3), [0, 1, 2, 2, 2], np.float32([[60, 20, 70, 30]]))) == 3
 
 
 @pytest.mark.parametrize(
@@ -111,8 +138,8 @@ def test_last_row_serves_the_frames_behind_it():
     ],
 )
 def test_crops_stay_in_the_frame_and_have_at_least_a_pixel(row, first, last):
-    votes = [[60, 40, 90, 50]] * 2  # so that the rows are read as xyxy
-    crop = crop_targets(numbered_frames(1), np.float32([row, *votes]))[0]
+    votes = [[60, 40, 90, 50]] * 4  # so that the rows are read as xyxy
+    crop = crop_targets(numbered_frames(1), [0], np.float32([row, *votes]))[0]
     assert tuple(crop[0, 0, 1:]) == first
     assert tuple(crop[-1, -1, 1:]) == last
 
@@ -120,4 +147,4 @@ def test_crops_stay_in_the_frame_and_have_at_least_a_pixel(row, first, last):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_crops_are_refused_when_a_number_is_not_finite(value):
     with pytest.raises(InvalidInput, match=r"sparrow.target_boxes: got a value that is not finite"):
-        crop_targets(numbered_frames(1), np.float32([[0, 0, 10, value]]))
+        crop_targets(numbered_frames(1), [0], np.float32([[0, 0, 10, value]]))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ensemble.tokenizer import Tokenizer
-from export.tiny import write_tokenizer
+from export.seeded import write_tokenizer
 from tests import goldens
 
 ORACLE = json.loads((Path(__file__).parent / "data" / "tokenizer_4_41.json").read_text())

@@ -165,8 +165,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, S, 3, heads, C / heads] -> 3 x [N, heads, S, C / heads]
-        keys = step.write(keys, 2, step.slots, rotate(k, step))
-        values = step.write(values, 2, step.slots, v)
+        keys = step.write(keys, 2, step.slots, rotate(k, step).to(keys.dtype))
+        values = step.write(values, 2, step.slots, v.to(values.dtype))
         mixed = F.scaled_dot_product_attention(rotate(q, step), keys, values, step.visible)
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), keys, values  # [N, heads, S, C / heads] -> [N, S, C]
 

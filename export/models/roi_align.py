@@ -28,8 +28,9 @@ def roi_align(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tenso
     left, top, right, bottom = (boxes * scale - 0.5).unbind(1)  # [P, 4] -> 4 x [P]
     columns = axis_weights(left, right, size, features.shape[3])  # [P, size, w]
     rows = axis_weights(top, bottom, size, features.shape[2])  # [P, size, h]
-    lines = torch.einsum("pih,chw->pciw", rows, features[0])  # [C, h, w] -> [P, C, size, w]
-    return torch.einsum("pjw,pciw->pcij", columns, lines)  # -> [P, C, size, size]
+    with torch.autocast(features.device.type, enabled=False):  # as the original, in float32 whatever the precision (spec 5.2)
+        lines = torch.einsum("pih,chw->pciw", rows, features[0].float())  # [C, h, w] -> [P, C, size, w]
+        return torch.einsum("pjw,pciw->pcij", columns, lines)  # -> [P, C, size, size]
 
 
 def axis_weights(start: Tensor, end: Tensor, size: int, length: int) -> Tensor:
@@ -57,7 +58,7 @@ def axis_weights(start: Tensor, end: Tensor, size: int, length: int) -> Tensor:
 
 @roi_align.register_fake
 def _(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
-    return features.new_empty(boxes.shape[0], features.shape[1], size, size)
+    return features.new_empty(boxes.shape[0], features.shape[1], size, size, dtype=torch.float32)
 
 
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:

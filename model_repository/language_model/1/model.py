@@ -6,4 +6,4 @@ from export.runners import open_decoder
 class TritonPythonModel(SequenceModel):
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
-        self.server = LanguageModel(self.config, open_decoder(self.settings["engine_kind"], self.folder, self.config))
+        self.server = LanguageModel(self.config, open_decoder(self.settings, self.folder, self.config))

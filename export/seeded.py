@@ -1,4 +1,6 @@
-"""The seeded checkpoint of `make demo` and of the tests: random weights in the original's formats, and a short clip to try it on.
+"""Seeded checkpoints of any size: random weights in the original's formats, and a short clip to try them on.
+
+    python -m export.seeded FOLDER {tiny,full}
 
 Only one thing is not random: the language model is wired to answer every question with `ANSWER`, so that the whole road from a
 prompt to masks is walked. What the masks show means nothing.
@@ -9,13 +11,14 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ensemble.config import TINY
+from ensemble.config import PRESETS, TINY, ModelConfig
 from ensemble.tensors import Array
 from ensemble.tokenizer import Tokenizer
 
@@ -52,21 +55,28 @@ PHI3_TOKENS = (
 """Added tokens of Phi-3 in order of their ids, and whether they swallow white space behind them (spec 2)."""
 
 
-def write_tiny(root: Path, seed: int) -> None:
-    """Writes the checkpoint; the same seed gives the same files."""
+def write_seeded(root: Path, config: ModelConfig, seed: int, device: str = "cpu") -> None:
+    """Writes a checkpoint of any size; the same seed gives the same files.
+
+    Args:
+        root: folder to make.
+        config: its vocabulary ends with the tokens that Phi-3 and SPARROW add.
+        seed: of all weights.
+        device: where they are drawn; each draws others.
+    """
     from .checkpoints import SOURCES, random_states, write_checkpoint
 
-    states = random_states(TINY, seed)
+    states = random_states(config, seed, device)
     folder = root / SOURCES["sparrow"]
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder)
+    write_tokenizer(folder, config.language.vocab_size)
     wire_answer(states["sparrow"], Tokenizer(folder))
     show_masks(states["sparrow"])
-    write_checkpoint(root, TINY, states)
+    write_checkpoint(root, config, states)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A small SentencePiece model with the added tokens of Phi-3, [SEG] and [BOX]."""
+def write_tokenizer(folder: Path, vocab_size: int = TINY.language.vocab_size) -> None:
+    """A small SentencePiece model, and the added tokens of Phi-3, [SEG] and [BOX] at the end of the vocabulary."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -83,7 +93,7 @@ def write_tokenizer(folder: Path) -> None:
     control = [("<unk>", False, True), ("<s>", False, True), ("</s>", False, True)]
     phi3 = [(content, rstrip, True) for content, rstrip in PHI3_TOKENS]
     ours = [("[SEG]", False, False), ("[BOX]", False, False)]
-    ids = [*range(3), *range(PIECES, PIECES + len(phi3) + len(ours))]
+    ids = [*range(3), *range(vocab_size - len(phi3) - len(ours), vocab_size)]
     config = {
         "added_tokens_decoder": {
             str(id): {"content": content, "rstrip": rstrip, "special": special, "lstrip": False, "single_word": False, "normalized": False}
@@ -111,11 +121,12 @@ def wire_answer(sparrow: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     chain = [*tokenizer.encode("<|assistant|>")[-1:], *tokenizer.encode(ANSWER.replace(" [", "[")), *tokenizer.encode("<|end|>")[-1:]]
     if len(set(chain)) < len(chain):
         raise ValueError(f"the answer {ANSWER!r} repeats a token, expected each once: {chain}")
-    embeddings = torch.randn(sparrow["model.embed_tokens.weight"].shape)
+    embeddings = torch.randn_like(sparrow["model.embed_tokens.weight"])
+    layers = sum(name.endswith("o_proj.weight") for name in sparrow)
     sparrow["model.embed_tokens.weight"] = embeddings
     for name, tensor in sparrow.items():
         if name.startswith("model.layers.") and name.endswith(("o_proj.weight", "down_proj.weight")):
-            sparrow[name] = tensor * 0.3
+            sparrow[name] = tensor * 0.42 / layers**0.5
     head = torch.zeros_like(sparrow["lm_head.weight"])
     for previous, following in itertools.pairwise(chain):
         head[following] = embeddings[previous] / embeddings[previous].norm()
@@ -158,9 +169,14 @@ def draw_frame(progress: float, height: int, width: int) -> Array:
     return np.asarray(frame, np.uint8)
 
 
-if __name__ == "__main__":
-    import sys
+def main(target: Path, preset: str) -> None:
+    """Writes the checkpoint of a preset to <target>/checkpoint, and for the tiny one a clip beside it."""
+    import torch
 
-    target = Path(sys.argv[1])
-    write_tiny(target / "checkpoint", seed=0)
-    write_clip(target / "clip.mp4")
+    write_seeded(target / "checkpoint", PRESETS[preset], seed=0, device="cuda" if preset == "full" and torch.cuda.is_available() else "cpu")
+    if preset == "tiny":
+        write_clip(target / "clip.mp4")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
