@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,25 @@ def nvidia_smi(fields: str) -> list[str]:
     """What it says of the first GPU; nothing where there is none."""
     line = command("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
     return line.split(", ") if line else []
+
+
+class GpuMemory:
+    """The most that the first GPU has in use, in GB, while the context is open; looked at twice a second."""
+
+    def __enter__(self) -> GpuMemory:
+        self.samples: list[float] = []
+        self._done = Event()
+        self._thread = Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.5):
+            self.samples += [float(mib) * 2**20 / 1e9 for mib in nvidia_smi("memory.used")]
 
 
 def command(*words: str) -> str:

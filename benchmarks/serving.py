@@ -8,10 +8,10 @@ import time
 import click
 import numpy as np
 from numpy.typing import NDArray
-from sparrow_client import SparrowClient
+from sparrow_client import SparrowClient, SparrowClientError
 from tqdm import tqdm
 
-from .records import append, environment, nvidia_smi, record
+from .records import GpuMemory, append, environment, record
 
 HEIGHT, WIDTH = 480, 854
 CLIP_FRAMES, TRACK_FRAMES, WARM_UP = 16, 100, 10
@@ -25,17 +25,20 @@ PROMPT = "Please segment the moving shape in this video."
 def bench(server: str, repeats: int) -> None:
     """Measure a running server and append the figures to benchmarks/results/."""
     clip = moving_square(CLIP_FRAMES)
-    with SparrowClient(server) as client:
-        preset = client.segment(clip, PROMPT).summary.fields["preset"]  # and the first answer, which warms up
-        answers = [ask(client, clip) for _ in tqdm(range(repeats), desc="clips")]
-        tracked = {count: track(client, count) for count in OBJECTS}
+    try:
+        with SparrowClient(server) as client, GpuMemory() as memory:
+            preset = client.segment(clip, PROMPT).summary.fields["preset"]  # and the first answer, which warms up
+            answers = [ask(client, clip) for _ in tqdm(range(repeats), desc="clips")]
+            tracked = {count: track(client, count) for count in OBJECTS}
+    except SparrowClientError as error:
+        raise click.ClickException(str(error)) from error
     env = environment(server, preset)
     size = f"{HEIGHT}x{WIDTH}"
     lines = [record("serving", f"clip_{CLIP_FRAMES}f_{size}", "first_answer_ms", np.median(answers), "ms", answers, env)]
     if ready_s := os.environ.get("SPARROW_READY_S"):
         lines.append(record("serving", preset, "ready_s", float(ready_s), "s", [float(ready_s)], env))
-    for used_mib in map(float, nvidia_smi("memory.used")):
-        lines.append(record("serving", preset, "gpu_memory_gb", used_mib * 2**20 / 1e9, "GB", [used_mib * 2**20 / 1e9], env))
+    if memory.samples:
+        lines.append(record("serving", preset, "gpu_memory_gb", max(memory.samples), "GB", memory.samples, env))
     for count, samples in tracked.items():
         workload = f"track_{count}obj_{size}"
         for metric, percentile in (("track_frame_ms_p50", 50), ("track_frame_ms_p99", 99)):

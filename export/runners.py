@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 ENGINE_SUFFIX = {"torch": ".safetensors", "onnx": ".onnx"}
 """Engine kind to the file that it is kept in, beside its component's model.py."""
 
+IDLE_CACHE_BYTES = 256 << 20
+"""GPU memory that a process keeps for its next request beyond what it holds: every model is a process, and they share the GPU."""
+
+POSITIONS_STEP = 512
+"""Positions by which the cache of the language model grows."""
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 QUANTIZATION_BITS = {"none": None, "8bit": 8, "4bit": 4}
 
@@ -107,6 +113,8 @@ class TorchPlace:
 
         with torch.inference_mode(), torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             yield
+        if self.device == "cuda" and torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > IDLE_CACHE_BYTES:
+            torch.cuda.empty_cache()
 
     def tensor(self, array: Array) -> Tensor:
         import torch
@@ -211,14 +219,10 @@ class TorchDecoder(DecoderEnds):
         super().__init__(embedder, projector)
         self._decoder, self._place = decoder, TorchPlace(decoder, precision)
         self._lengths = np.zeros(settings.MAX_GENERATIONS, np.int64)
-        self._keys, self._values = self._empty(0), self._empty(0)
+        self._keys, self._values = self._empty(0, 0), self._empty(0, 0)
 
     def prefill(self, slot: int, embeddings: Array) -> tuple[Array, Array]:
-        import torch
-
-        if missing := max(0, slot + 1 - self._keys.shape[1]):  # the cache grows to as many answers as there ever were at once
-            self._keys = torch.cat([self._keys, self._empty(missing)], 1)
-            self._values = torch.cat([self._values, self._empty(missing)], 1)
+        self._reserve(slot + 1, len(embeddings))
         logits, states = self._append(slot, embeddings[None], np.arange(len(embeddings))[None])
         self._lengths[slot] = len(embeddings)
         return logits[0], states[0]
@@ -227,6 +231,7 @@ class TorchDecoder(DecoderEnds):
         # All slots in the range run, so that the cache needs no gathering. What an idle one writes behind its last token is
         # overwritten by its own next token before anybody reads it.
         low, high = min(slots), max(slots) + 1
+        self._reserve(high, int(self._lengths[slots].max()) + 1)
         rows = [slot - low for slot in slots]
         embeddings = np.zeros((high - low, 1, self._decoder.config.language.width), np.float32)
         embeddings[rows, 0] = self.embed(token_ids)
@@ -235,13 +240,24 @@ class TorchDecoder(DecoderEnds):
         self._lengths[slots] += 1
         return logits[rows], states[rows]
 
-    def _empty(self, slots: int) -> Tensor:
+    def _reserve(self, slots: int, positions: int) -> None:
+        """Lets the cache grow to as many answers and positions as there ever were at once."""
+        _, had_slots, _, had_positions, _ = self._keys.shape
+        if slots <= had_slots and positions <= had_positions:
+            return
+        steps = -(-max(positions, had_positions) // POSITIONS_STEP)
+        size = max(slots, had_slots), min(steps * POSITIONS_STEP, self._decoder.config.max_sequence)
+        for name in ("_keys", "_values"):  # one after the other: the old one is freed before the next is made
+            larger = self._empty(*size)
+            larger[:, :had_slots, :, :had_positions] = getattr(self, name)
+            setattr(self, name, larger)
+
+    def _empty(self, slots: int, positions: int) -> Tensor:
         """[layers, slots, heads, positions, C / heads] of the cache."""
         import torch
 
-        config = self._decoder.config
-        heads, width = config.language.heads, config.language.width
-        shape = (config.language.layers, slots, heads, config.max_sequence, width // heads)
+        language = self._decoder.config.language
+        shape = (language.layers, slots, language.heads, positions, language.width // language.heads)
         return torch.zeros(shape, dtype=self._place.dtype, device=self._place.device)
 
     def _append(self, first: int, embeddings: Array, positions: Array) -> tuple[Array, Array]:
