@@ -1,0 +1,77 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ensemble.components import components
+from ensemble.config import TINY
+from export.models import graph_class
+from export.runners import POSITIONS_STEP, Engine, TorchDecoder, TorchGraph, load_module, open_graph, save_module
+
+WIDTH = TINY.language.width
+
+
+def module(component):
+    torch.manual_seed(0)
+    return graph_class(component)(TINY).eval()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"engine_kind": "plan"}, "engine: got engine_kind 'plan', expected one of torch, onnx."),
+        ({"precision": "int8"}, "engine: got precision 'int8', expected one of float32, bfloat16, float16."),
+        ({"quantization": "2bit"}, "engine: got quantization '2bit', expected one of none, 8bit, 4bit."),
+        ({"precision": "bfloat16"}, "engine: got onnx in bfloat16, expected torch: other kinds are float32 here."),
+    ],
+)
+def test_engine_that_there_is_not_is_refused(fields, message):
+    with pytest.raises(ValueError) as refused:
+        Engine(**fields)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_stored_modules_are_opened_in_their_precision(tmp_path, precision):
+    projector = module("prompt_projector")
+    save_module(projector, tmp_path / "prompt_projector.safetensors", precision)
+    stored = load_module(tmp_path / "prompt_projector.safetensors", "prompt_projector", TINY)
+    assert {tensor.dtype for tensor in stored.state_dict().values() if tensor.ndim > 1} == {getattr(torch, precision)}
+    assert {tensor.dtype for tensor in stored.state_dict().values() if tensor.ndim == 1} == {torch.float32}
+
+    inputs = components(TINY)["prompt_projector"].sample(0, states=3)
+    expected = TorchGraph(projector, "prompt_projector").run(inputs)["prompt_embeddings"]
+    got = open_graph({"engine_kind": "torch", "precision": precision}, tmp_path, "prompt_projector", TINY).run(inputs)["prompt_embeddings"]
+    assert got.dtype == np.float32
+    tolerance = 0 if precision == "float32" else 2e-3  # one half-precision ulp is 1e-3 of a value
+    np.testing.assert_allclose(got, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+
+
+def test_graph_that_was_not_exported_is_named_with_the_way_to_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"frame_encoder: no frame_encoder.onnx in .*Build it: sparrow export"):
+        open_graph({}, tmp_path, "frame_encoder", TINY)
+
+
+def test_cache_grows_with_answers_and_positions_without_changing_them():
+    ends = (TorchGraph(module("token_embedder"), "token_embedder"), TorchGraph(module("prompt_projector"), "prompt_projector"))
+    growing, fresh = (TorchDecoder(module("language_decoder"), *ends) for _ in range(2))
+    rng = np.random.default_rng(0)
+    prompts = [rng.standard_normal((length, WIDTH)).astype(np.float32) for length in (POSITIONS_STEP - 2, 9)]
+    for slot, prompt in enumerate(prompts):
+        growing.prefill(slot, prompt)
+    for token_id in (5, 6, 7, 8):  # over the end of the first step
+        logits, states = growing.decode([0, 1], [token_id, token_id])
+
+    for slot, prompt in enumerate(prompts):
+        whole = np.concatenate([prompt, fresh.embed([5, 6, 7, 8])])
+        expected = fresh.prefill(0, whole)
+        np.testing.assert_allclose(logits[slot], expected[0], atol=1e-4)  # float32 summation order
+        np.testing.assert_allclose(states[slot], expected[1], atol=1e-4)
+
+
+def test_cache_ends_with_the_longest_sequence():
+    config = replace(TINY, language=replace(TINY.language, layers=1))
+    decoder = TorchDecoder(graph_class("language_decoder")(config).eval(), None, None)
+    decoder.prefill(0, np.zeros((config.max_sequence - 1, WIDTH), np.float32))
+    assert decoder._keys.shape[3] == config.max_sequence
