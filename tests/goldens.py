@@ -115,5 +115,6 @@ def parametrize_cases(condition: Any = lambda case: True) -> pytest.MarkDecorato
     """Runs a test on every golden case that satisfies `condition`; skipped with one clear line where there are no packs."""
     cases = [case for case in CASES if condition(case)]
     if not cases:
-        return pytest.mark.skip(f"no golden packs in {ROOT}; name their folder in SPARROW_GOLDENS")
+        reason = f"no golden case of this kind in {ROOT}" if CASES else f"no golden packs in {ROOT}; name their folder in SPARROW_GOLDENS"
+        return pytest.mark.skip(reason)
     return pytest.mark.parametrize("case", cases, ids=str)

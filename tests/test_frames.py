@@ -1,6 +1,7 @@
 import numpy as np
 
 from ensemble import frames
+from ensemble.targets import crop_targets
 from tests import goldens
 
 
@@ -41,3 +42,13 @@ def test_proposal_image_equals_the_original(case):
     # 16:9 and 4:3 inputs put many pixels exactly on x.5 before rounding; those may flip by one grey level (spec 4.1).
     assert difference.max() <= 1
     print(str(case), "flipped", (difference > 0).mean())
+
+
+@goldens.parametrize_cases(lambda case: "pre.tsf.slice" in case.expected)
+def test_target_crops_equal_the_original(case):
+    config, inputs = goldens.checkpoint(case.pack).config, case.inputs
+    indices = frames.encoder_indices(len(case.frames), config.num_frames) if case.is_video else [0]
+    crops = [inputs["target_crop"]] if "target_crop" in inputs else crop_targets(case.frames, indices, inputs["target_boxes"])
+    got = np.stack([frames.context_frame(crop, config) for crop in crops])
+    assert list(got.shape) == case.expected["pre.tsf.shape"].tolist()
+    np.testing.assert_allclose(got[:, :, 3::24, 3::24], case.expected["pre.tsf.slice"], atol=1e-6)

@@ -6,8 +6,14 @@ import torch
 from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from ensemble.components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER
 from ensemble.config import TINY, LanguageConfig
+from ensemble.frames import encoder_indices
+from ensemble.options import Options
+from ensemble.pipeline import Clip, Pipeline
+from ensemble.runner import LocalRunner
 from export.models.language_model import LanguageDecoder
+from export.runners import TorchGraph
 from tests import goldens
 from tests.test_vision_encoder import visual_tokens
 
@@ -157,12 +163,24 @@ def test_rotation_is_kept_in_float32_precision_when_the_decoder_is_cast_to_half(
 
 
 def prompt_embeddings(case):
-    """[1, S, C]: the ids with the run of placeholders replaced once by the visual tokens (spec 1.6)."""
+    """[1, S, C]: the ids with each run of placeholders replaced once by the visual tokens or by the target's (spec 1.6, 1.7)."""
     embed = goldens.checkpoint(case.pack).build("token_embedder")
-    ids = torch.from_numpy(case.expected["prompt_ids"])
-    places = (ids < 0).nonzero().flatten()
-    before, after = embed(ids[: places[0]]), embed(ids[places[-1] + 1 :])
-    return torch.cat((before, visual_tokens(case), after))[None]
+    ids, pieces = torch.from_numpy(case.expected["prompt_ids"]), []
+    for placeholder, tokens in ((VISUAL_PLACEHOLDER, visual_tokens), (TARGET_PLACEHOLDER, target_tokens)):
+        if len(places := (ids == placeholder).nonzero().flatten()):
+            pieces += [embed(ids[: places[0]]), tokens(case)]
+            ids = ids[places[-1] + 1 :]
+    return torch.cat((*pieces, embed(ids)))[None]
+
+
+def target_tokens(case):
+    """[n, C]: what the pipeline puts in the place of the target."""
+    checkpoint = goldens.checkpoint(case.pack)
+    images = TorchGraph(checkpoint.build("image_encoder"), "image_encoder")
+    pipeline = Pipeline(checkpoint.config, None, LocalRunner({"image_encoder": images}))
+    indices = encoder_indices(len(case.frames), checkpoint.config.num_frames) if case.is_video else [0]
+    request = pipeline._target_tokens(indices, case.inputs, Clip(case.frames, case.is_video), Options.from_parameters(case.options))
+    return torch.from_numpy(request["target_tokens"])
 
 
 def generate(case):

@@ -23,10 +23,12 @@ def golden_tokenizer(case):
 @goldens.parametrize_cases()
 def test_prompt_ids_equal_the_original(case):
     ids = case.expected["prompt_ids"].ravel().tolist()
-    first, count = ids.index(VISUAL_PLACEHOLDER), 16 if case.is_video else 1
-    assert ids[first : first + count] == [VISUAL_PLACEHOLDER] * count  # ours stands for all tokens of the clip
-    expected = ids[: first + 1] + ids[first + count :]
-    assert prompt_ids(golden_tokenizer(case), case.meta["prompt"], with_targets=False) == expected
+    with_targets = case.meta["flags"]["use_tsf_token"]
+    for placeholder in [VISUAL_PLACEHOLDER] + [TARGET_PLACEHOLDER] * with_targets:
+        first, count = ids.index(placeholder), 16 if case.is_video else 1
+        assert ids[first : first + count] == [placeholder] * count  # ours stands for all tokens of the clip, or of the target
+        del ids[first + 1 : first + count]
+    assert prompt_ids(golden_tokenizer(case), case.meta["prompt"], with_targets) == ids
 
 
 def test_prompt_ids_have_target_tokens_behind_the_question(tokenizer):
