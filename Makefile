@@ -15,14 +15,16 @@ PROMPT ?= Please segment the moving shape in this video.
 OUT ?= build/demo
 REPOSITORY ?= build/tiny/repository
 
+# Runs a command against a server of its own on free ports.
+ON_TINY_SERVER := $(BIN)/sparrow serve --grpc-port 0 --http-port 0 --metrics-port 0 build/tiny/repository --
+
 CODE := $(wildcard ensemble/*.py export/*.py export/models/*.py model_repository/*/1/model.py)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: build/tiny/repository/built  ## segment a clip through a real Triton server; VIDEO=file PROMPT="..." for your own
-	$(BIN)/sparrow serve --grpc-port 0 --http-port 0 --metrics-port 0 build/tiny/repository -- \
-		$(BIN)/sparrow segment "$(VIDEO)" "$(PROMPT)" -o "$(OUT)"
+	$(ON_TINY_SERVER) $(BIN)/sparrow segment "$(VIDEO)" "$(PROMPT)" -o "$(OUT)"
 
 test: $(VENV)/dev  ## run the tests
 	$(BIN)/python -m pytest
@@ -45,7 +47,7 @@ generate: $(VENV)/export  ## write config.pbtxt, model_repository/README.md, the
 	$(BIN)/python -m benchmarks.tables
 
 bench: build/tiny/repository/built  ## measure the tiny model through the server and keep the figures
-	$(BIN)/sparrow serve --grpc-port 0 --http-port 0 --metrics-port 0 build/tiny/repository -- $(BIN)/sparrow bench
+	$(ON_TINY_SERVER) $(BIN)/sparrow bench
 	$(BIN)/python -m benchmarks.tables
 
 serve: $(VENV)/export $(if $(filter build/tiny/%,$(REPOSITORY)),build/tiny/repository/built)  ## run the server; REPOSITORY=folder for your own

@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 from ._media import Media, MediaError
 from ._overlay import blend, write_picture, write_video
-from ._types import Answer, FrameMasks
-
-BRANCHES = ("framewise", "tracked")
+from ._types import BRANCHES, Answer, FrameMasks
 
 
 def prepare_folder(out: Path) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+BRANCHES = ("framewise", "tracked")
+"""How masks follow an object, in the order in which `both` gives them."""
+
 
 @dataclass(frozen=True)
 class TextPiece:
@@ -122,7 +125,7 @@ class Answer:
     @property
     def branches(self) -> dict[str, list[FrameMasks]]:
         """Branch to its masks, frame by frame."""
-        names = ("framewise", "tracked") if self.summary.branch == "both" else (self.summary.branch,)
+        names = BRANCHES if self.summary.branch == "both" else (self.summary.branch,)
         return {name: [frame for frame in self.frames if frame.branch == name] for name in names}
 
 

@@ -7,8 +7,6 @@ MAX_FRAME_SIDE = 4096
 """px; 4K video fits, and one frame stays under 50 MB."""
 MAX_FRAMES = 64
 """Frames of one clip that `sparrow` answers at once (spec 1.1)."""
-MAX_ENCODED_FRAME_BYTES = 64 << 20
-"""A JPEG or PNG of the largest frame stays well below."""
 VIDEO_SAMPLE_FPS = 1
 """Frames per second taken from a video file (spec 1.1)."""
 

@@ -13,8 +13,8 @@ from ensemble.tokenizer import Tokenizer
 from ensemble.tracker import Tracker
 
 from .checkpoints import Checkpoint
-from .runners import Engine, TorchDecoder, TorchGraph, open_decoder, open_graph
-from .to_repository import export_graph
+from .runners import TorchDecoder, TorchGraph, open_decoder, open_graph
+from .to_onnx import onnx_from_torch
 
 
 def torch_pipeline(checkpoint: Checkpoint) -> Pipeline:
@@ -28,7 +28,7 @@ def onnx_pipeline(checkpoint: Checkpoint, folder: Path) -> Pipeline:
     """The component `sparrow` over ONNX graphs, which are exported to `folder` where they are not there yet."""
     for name in checkpoint.components:
         if not (folder / f"{name}.onnx").exists():
-            export_graph(checkpoint.root, name, Engine(), folder)
+            onnx_from_torch(checkpoint.build(name), name, folder / f"{name}.onnx")
     graphs = {name: open_graph({}, folder, name, checkpoint.config) for name in checkpoint.components}
     return pipeline(checkpoint, graphs, open_decoder({}, folder, checkpoint.config))
 

@@ -95,7 +95,7 @@ class TorchPlace:
     """A module on this process's device, with the products of a precision.
 
     Args:
-        module: its weights decide nothing but their own storage.
+        module: moved there; its weights keep the dtype that they are stored in.
         precision: one of PRECISIONS.
     """
 
@@ -269,28 +269,28 @@ class TorchDecoder(DecoderEnds):
         return self._place.array(logits), self._place.array(states)
 
 
-def open_graph(settings: Mapping[str, str], folder: Path, component: str, config: ModelConfig) -> Graph:
+def open_graph(fields: Mapping[str, str], folder: Path, component: str, config: ModelConfig) -> Graph:
     """A component's graph.
 
     Args:
-        settings: fields of `Engine`.
+        fields: of `Engine`.
         folder: holds `<component><suffix>`.
     Raises:
         FileNotFoundError: it was not exported; says how to.
     """
-    engine = Engine(**settings)
+    engine = Engine(**fields)
     path = engine_path(engine, folder, component)
     if engine.engine_kind == "onnx":
         return OnnxGraph(path)
     return TorchGraph(load_module(path, component, config), component, engine.precision)
 
 
-def open_decoder(settings: Mapping[str, str], folder: Path, config: ModelConfig) -> Decoder:
+def open_decoder(fields: Mapping[str, str], folder: Path, config: ModelConfig) -> Decoder:
     """The language model, from a folder that holds its three graphs; as `open_graph`."""
-    engine = Engine(**settings)
-    embedder, projector = (open_graph(settings, folder, name, config) for name in ("token_embedder", "prompt_projector"))
+    engine = Engine(**fields)
+    embedder, projector = (open_graph(fields, folder, name, config) for name in ("token_embedder", "prompt_projector"))
     if engine.engine_kind == "onnx":
-        return GraphDecoder(open_graph(settings, folder, "language_decoder", config), embedder, projector, config)
+        return GraphDecoder(open_graph(fields, folder, "language_decoder", config), embedder, projector, config)
     module: Any = load_module(engine_path(engine, folder, "language_decoder"), "language_decoder", config)
     if bits := QUANTIZATION_BITS[engine.quantization]:
         quantize(module, bits, torch_device())

@@ -22,8 +22,6 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import IO
 
-"""Holds the packages `ensemble` and `export`, which the model.py files import."""
-
 STOP_TIMEOUT_S = 20
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1

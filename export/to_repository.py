@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,12 +182,19 @@ def repository_from_checkpoint(checkpoint: Checkpoint, folder: Path, progress: C
             raise
 
 
-def export_graph(root: Path, component: str, engine: Engine, folder: Path) -> None:
-    """Writes the graph of one component of the checkpoint at `root` into `folder`."""
+@lru_cache(maxsize=1)
+def opened(root: Path) -> Checkpoint:
+    """The checkpoint at `root`, opened once by each exporting process: its weights and sizes are read again by every other opening."""
     from .checkpoints import Checkpoint
+
+    return Checkpoint(root)
+
+
+def export_graph(root: Path, component: str, engine: Engine, folder: Path) -> None:
+    """Writes the graph of one component of the checkpoint at `root` into `folder`; a job of an exporting process."""
     from .to_onnx import onnx_from_torch
 
-    module = Checkpoint(root).build(component)
+    module = opened(root).build(component)
     path = folder / f"{component}{ENGINE_SUFFIX[engine.engine_kind]}"
     if engine.engine_kind == "onnx":
         onnx_from_torch(module, component, path)

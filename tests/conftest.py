@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from ensemble.config import TINY
 from export.checkpoints import Checkpoint
 from export.seeded import write_seeded
 from export.serve import Ports, Server
 from export.to_repository import repository_from_checkpoint
+
+
+@pytest.fixture
+def inference() -> Iterator[None]:
+    """Seeded random numbers, and no gradients."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture(scope="session")

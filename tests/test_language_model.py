@@ -25,11 +25,7 @@ WINDOW = 5
 LENGTH = 17
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def make_oracle(language):

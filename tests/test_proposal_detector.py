@@ -54,11 +54,7 @@ LEVEL = {
 HEAD = re.compile(r"ddetr_transformer\.(?=bbox_embed|class_embed_)")
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def randomise(module):

@@ -21,11 +21,7 @@ GOLDEN_TOLERANCE = 1e-3
 PROMPTS = 3
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @cache

@@ -30,11 +30,7 @@ BYTES = {8: 0.26, 4: 0.14}
 bits_8_and_4 = pytest.mark.parametrize("bits", [8, 4])
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def make_decoder(std=0.05):

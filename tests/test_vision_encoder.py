@@ -22,11 +22,7 @@ TOLERANCE = 1e-4
 _tokens = {}
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def randomise(module):
