@@ -9,9 +9,11 @@ import faulthandler
 import json
 import logging
 import secrets
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from . import settings
 from .components import components
 from .config import ModelConfig
 from .errors import ComponentFailed, SparrowError, from_wire, to_wire
+from .graph import parts
+from .metrics import Metric, Metrics
 from .pipeline import Pipeline
 from .runner import Graph, Parameters, SequenceRequest, Session, Stateful
 from .tensors import Arrays
@@ -76,7 +80,7 @@ class Model:
 
 
 class GraphModel(Model):
-    """Serves one exported graph; requests of a batched graph run together."""
+    """Serves one exported graph; several requests run together."""
 
     open_graph: Callable[[dict[str, str], Path, str, ModelConfig], Graph]
     """Settings, folder, component and sizes to a loaded graph."""
@@ -84,12 +88,9 @@ class GraphModel(Model):
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
         self.graph = self.open_graph(self.settings, self.folder, self.name, self.config)
-        self.batched = json.loads(args["model_config"])["max_batch_size"] > 0
 
     def execute(self, requests: list[Any]) -> list[Any]:
         inputs = [read_inputs(request) for request in requests]
-        if not self.batched:
-            return [to_response(self._run(arrays)) for arrays in inputs]
         sizes = [len(next(iter(arrays.values()))) for arrays in inputs]
         outputs = self._run({name: np.concatenate([arrays[name] for arrays in inputs]) for name in inputs[0]})
         if isinstance(outputs, SparrowError):
@@ -127,9 +128,37 @@ class SequenceModel(Model):
 
     server: Stateful
 
+    def initialize(self, args: dict[str, str]) -> None:
+        super().initialize(args)
+        self.server = self.open_server()
+        self.lock, self._closing = Lock(), Event()
+        self._sweeper = Thread(target=self._keep_sweeping, name=f"{self.name} sweeper", daemon=True)
+        self._sweeper.start()
+
+    def open_server(self) -> Stateful:
+        """The component, loaded."""
+        raise NotImplementedError
+
+    def finalize(self) -> None:
+        self._closing.set()
+        self._sweeper.join()
+
+    def sweep(self) -> None:
+        """What is due once in a while."""
+        with self.lock:
+            self.server.expire()
+
+    def _keep_sweeping(self) -> None:
+        while not self._closing.wait(settings.SWEEP_S):
+            try:
+                self.sweep()
+            except Exception:
+                logging.getLogger(self.name).exception("sweep failed")
+
     def execute(self, requests: list[Any]) -> list[Any]:
         try:
-            results = self.server.step([self._read(request) for request in requests])
+            with self.lock:
+                results = self.server.step([self._read(request) for request in requests])
         except Exception as error:
             return [to_response(unexpected(self.name, error)) for _ in requests]
         return [to_response(result if isinstance(result, SparrowError) else add_batch(result)) for result in results]
@@ -141,6 +170,7 @@ class SequenceModel(Model):
             inputs=strip_batch(read_inputs(request)),
             start=bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START),
             end=bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END),
+            cancelled=request.is_cancelled(),
             parameters=json.loads(request.parameters()),
         )
 
@@ -148,9 +178,14 @@ class SequenceModel(Model):
 class StreamModel(Model):
     """Serves the pipeline: many responses to one request, several requests at once."""
 
+    open_graphs: Callable[[dict[str, str], Path, Sequence[str], ModelConfig], dict[str, Graph]]
+    """Settings, folder, components and sizes to loaded graphs."""
+
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
-        self._pipeline = Pipeline(self.config, Tokenizer(self.folder), BlsRunner(self.config))
+        names = [part.name for part in parts(components(self.config), self.name)]
+        graphs = self.open_graphs(self.settings, self.folder, names, self.config)
+        self._pipeline = Pipeline(self.config, Tokenizer(self.folder), BlsRunner(self.config, graphs))
         self._pool = ThreadPoolExecutor(settings.MAX_REQUESTS, thread_name_prefix=self.name)
 
     def execute(self, requests: list[Any]) -> None:
@@ -179,20 +214,26 @@ class StreamModel(Model):
 
 
 class BlsRunner:
-    """Reaches the other models of this server.
+    """Reaches the graphs in this process and the other models of this server.
 
     Decoupled calls are avoided: on Triton 24.10 they corrupt shared memory when other calls run beside them (ADR 0003), so
     components with state are asked one step at a time.
 
     Args:
         config: sizes of the model.
+        graphs: those in this process; one call of each at a time, since requests would share its memory on a GPU.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, graphs: Mapping[str, Graph]) -> None:
         self._outputs = {name: [spec.name for spec in component.outputs] for name, component in components(config).items()}
+        self._graphs = graphs
+        self._locks: defaultdict[str, Lock] = defaultdict(Lock)
 
     def run(self, component: str, inputs: Arrays) -> Arrays:
-        return self._exec(component, inputs)
+        if component not in self._graphs:
+            return self._exec(component, inputs)
+        with self._locks[component]:
+            return self._graphs[component].run(inputs)
 
     def session(self, component: str, parameters: Parameters) -> Session:
         def send(request: SequenceRequest) -> Arrays:
@@ -211,6 +252,34 @@ class BlsRunner:
         if response.has_error():
             raise from_wire(response.error().message())
         return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+
+
+class TritonMetrics:
+    """Families of figures on Triton's /metrics endpoint.
+
+    Args:
+        families: all that will be passed on.
+    """
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        # Families live as long as somebody holds them.
+        self._families = {metric: pb_utils.MetricFamily(metric.name, metric.doc, getattr(pb_utils.MetricFamily, metric.kind.upper())) for metric in families}
+        self._figures = {(metric, value): self._figure(metric, value) for metric in families for value in metric.values}
+
+    def _figure(self, metric: Metric, value: str) -> Any:
+        labels = {metric.label: value} if metric.label else {}
+        buckets = {"buckets": list(metric.buckets)} if metric.buckets else {}
+        return self._families[metric].Metric(labels=labels, **buckets)
+
+    def pass_on(self, taken: Metrics) -> None:
+        """Brings the endpoint up to date; every figure is a message to the server."""
+        for metric, value in taken.gauges.items():
+            self._figures[metric, ""].set(value)
+        for key, value in taken.counts.items():
+            self._figures[key].increment(value)
+        for metric, values in taken.observations.items():
+            for value in values:
+                self._figures[metric, ""].observe(value)
 
 
 def add_batch(arrays: Arrays) -> Arrays:

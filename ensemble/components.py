@@ -21,18 +21,22 @@ TOKENS = Dim("tokens", 1, 16, 8192)
 SEQUENCES = Dim("sequences", 1, 1, settings.MAX_GENERATIONS)
 SLOTS = Dim("slots", 1, 4096, 8192)
 STATES = Dim("states", 1, 1, settings.MAX_NEW_TOKENS)
-EMBEDDINGS = Dim("embeddings", 1, 1, settings.MAX_SESSIONS * settings.MAX_OBJECTS)
-OBJECTS = Dim("objects", 1, 1, settings.MAX_SESSIONS * settings.MAX_OBJECTS)
+EMBEDDINGS = Dim("embeddings", 1, 1, 256)
+OBJECTS = Dim("objects", 1, 1, 256)
+TRACKED_OBJECTS = Dim("objects", 1, 1, settings.MAX_OBJECT_BATCH)
 PROPOSALS = Dim("proposals", 1, settings.PROPOSAL_TOPK, 300)
-PROMPTS = Dim("prompts", 1, 3, 16)
+PROMPTS = Dim("prompts", 1, settings.PROMPT_SLOTS[0], settings.PROMPT_SLOTS[-1])
 MEMORIES = Dim("memories", 1, 7, 7)
 POINTERS = Dim("pointers", 1, 16, 16)
 HEIGHT = Dim("height", settings.MIN_FRAME_SIDE, 480, settings.MAX_FRAME_SIDE)
 WIDTH = Dim("width", settings.MIN_FRAME_SIDE, 854, settings.MAX_FRAME_SIDE)
 SESSION_HEIGHT = Dim("height", 0, 480, settings.MAX_FRAME_SIDE)
 SESSION_WIDTH = Dim("width", 0, 854, settings.MAX_FRAME_SIDE)
-SESSION_OBJECTS = Dim("session_objects", 0, 1, settings.MAX_OBJECTS)
-BOXES = Dim("boxes", 0, 1, settings.MAX_OBJECTS * settings.MAX_SELECTED_BOXES)
+TEXTS = Dim("texts", 0, 1, 256)
+BOXES = Dim("boxes", 0, 1, 4096)
+POINTS = Dim("points", 0, 1, 4096)
+MASKS = Dim("masks", 0, 1, 256)
+REMOVED = Dim("removed", 0, 1, 256)
 ANY_OBJECTS = Dim("objects", 0, 1, settings.MAX_NEW_TOKENS)
 ANY_BOXES = Dim("boxes", 0, 1, settings.MAX_NEW_TOKENS * settings.MAX_SELECTED_BOXES)
 MASK_BYTES = Dim("mask_bytes", 0, 51240, settings.MAX_FRAME_SIDE**2 // 8)
@@ -49,7 +53,16 @@ ABSENT, PAD, NEGATIVE, POSITIVE, TOP_LEFT, BOTTOM_RIGHT, TEXT = -2, -1, 0, 1, 2,
 VISUAL_PLACEHOLDER, TARGET_PLACEHOLDER = -200, -201
 """Values of `prompt_ids` that stand for visual and target tokens, as in the original."""
 
-TRACKING = ("frame_encoder", "memory_attention", "mask_decoder", "memory_encoder", "frame_preprocessor", "tracker", "sparrow_track")
+TRACKING = (
+    "frame_encoder",
+    "mask_downsampler",
+    "memory_attention",
+    "mask_decoder",
+    "memory_encoder",
+    "frame_preprocessor",
+    "tracker",
+    "sparrow_track",
+)
 """What SAM2 alone can do."""
 
 RECURRENT = Tolerance(2e-3, "softmax over thousands of keys amplifies float32 summation order")
@@ -72,6 +85,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
         TensorSpec("proposal_scores", "float32", (PROPOSALS,), "0..1, descending"),
     )
     object_frame = TensorSpec("object_frame", "int64", (OBJECTS,), "Index of the frame that each object is on.", below=FRAMES)
+    tracked_object_frame = replace(object_frame, shape=(TRACKED_OBJECTS,))
     cache_shape = (language.layers, SEQUENCES, language.heads, SLOTS, language.width // language.heads)
     embedding = TensorSpec("token_embeddings", "float32", (SEQUENCES, TOKENS, visual_width), "text and visual tokens")
 
@@ -100,7 +114,6 @@ def components(config: ModelConfig) -> dict[str, Component]:
             "Rows of the embedding table.",
             (TensorSpec("token_ids", "int64", (TOKENS,), "vocabulary indices", below=language.vocab_size),),
             (TensorSpec("token_embeddings", "float32", (TOKENS, visual_width), "one row per id"),),
-            part_of="language_model",
         ),
         Component(
             "language_decoder",
@@ -117,14 +130,12 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("new_key_cache", "float32", cache_shape, "key_cache with the new tokens"),
                 TensorSpec("new_value_cache", "float32", cache_shape, "value_cache with the new tokens"),
             ),
-            part_of="language_model",
         ),
         Component(
             "prompt_projector",
             "text_hidden_fcs: states that emitted [SEG] or [BOX] to prompt embeddings (spec 3.3).",
             (TensorSpec("final_states", "float32", (STATES, visual_width), "final-norm states"),),
             (TensorSpec("prompt_embeddings", "float32", (STATES, dim), "as the mask decoder and the selector take them"),),
-            part_of="language_model",
         ),
         Component(
             "proposal_detector",
@@ -160,24 +171,42 @@ def components(config: ModelConfig) -> dict[str, Component]:
             serving="batched_graph",
         ),
         Component(
+            "mask_downsampler",
+            "A mask that the caller drew to what the mask decoder takes as a mask prompt (sam2_base.py mask_downsample).",
+            (
+                TensorSpec(
+                    "masks", "float32", (TRACKED_OBJECTS, sam2.image_size, sam2.image_size), "0 or 1, stretched to the grounding frame"
+                ),
+            ),
+            (TensorSpec("mask_prompts", "float32", (TRACKED_OBJECTS, sam2.low_res, sam2.low_res), "not logits, but takes their place"),),
+        ),
+        Component(
             "memory_attention",
             "Conditions a frame on each object's memories and pointers (spec 7.5).",
             (
                 frame_tensors[0],
-                object_frame,
-                TensorSpec("memory_maps", "float32", (OBJECTS, MEMORIES, sam2.memory_width, grid, grid), "memory features, any order"),
+                tracked_object_frame,
+                TensorSpec(
+                    "memory_maps", "float32", (TRACKED_OBJECTS, MEMORIES, sam2.memory_width, grid, grid), "memory features, any order"
+                ),
                 TensorSpec(
                     "memory_rows",
                     "int64",
-                    (OBJECTS, MEMORIES),
+                    (TRACKED_OBJECTS, MEMORIES),
                     "Temporal row of each map: 6 conditioning, d-1 for d frames ago, -1 absent.",
                     below=sam2.num_maps,
                     above=-1,
                 ),
-                TensorSpec("object_pointers", "float32", (OBJECTS, POINTERS, dim), "pointers, any order"),
-                TensorSpec("pointer_distances", "int64", (OBJECTS, POINTERS), "Frames since each pointer was made, -1 absent.", above=-1),
+                TensorSpec("object_pointers", "float32", (TRACKED_OBJECTS, POINTERS, dim), "pointers, any order"),
+                TensorSpec(
+                    "pointer_distances", "int64", (TRACKED_OBJECTS, POINTERS), "Frames since each pointer was made, -1 absent.", above=-1
+                ),
             ),
-            (TensorSpec("conditioned_embeddings", "float32", (OBJECTS, dim, grid, grid), "what mask_decoder takes from frame 1 on"),),
+            (
+                TensorSpec(
+                    "conditioned_embeddings", "float32", (TRACKED_OBJECTS, dim, grid, grid), "what mask_decoder takes from frame 1 on"
+                ),
+            ),
             tolerance=RECURRENT,
         ),
         Component(
@@ -218,33 +247,54 @@ def components(config: ModelConfig) -> dict[str, Component]:
             "A frame and an object's mask to a memory map, rounded to bfloat16 as the original stores it (spec 7.4).",
             (
                 frame_tensors[0],
-                object_frame,
-                TensorSpec("mask_logits", "float32", (OBJECTS, sam2.low_res, sam2.low_res), "gated logits"),
-                TensorSpec("prompted", "bool", (OBJECTS,), "True: the mask is binarised first, as on a conditioning frame"),
-                TensorSpec("object_scores", "float32", (OBJECTS,), "> 0: the object is in the frame; read by SAM 2.1 only"),
+                tracked_object_frame,
+                TensorSpec("mask_logits", "float32", (TRACKED_OBJECTS, sam2.low_res, sam2.low_res), "of mask_decoder"),
+                TensorSpec("prompted", "bool", (TRACKED_OBJECTS,), "True: the mask is binarised first, as on a conditioning frame"),
+                TensorSpec(
+                    "object_scores", "float32", (TRACKED_OBJECTS,), "> 0: the object is in the frame; otherwise its mask counts as empty"
+                ),
             ),
-            (TensorSpec("memory_maps", "float32", (OBJECTS, sam2.memory_width, grid, grid), "values representable in bfloat16"),),
+            (TensorSpec("memory_maps", "float32", (TRACKED_OBJECTS, sam2.memory_width, grid, grid), "values representable in bfloat16"),),
             tolerance=Tolerance(1e-2, "one bfloat16 ulp (2^-8) where float32 noise crosses a rounding boundary"),
         ),
     ]
 
     session_frame = TensorSpec("frame", "uint8", (SESSION_HEIGHT, SESSION_WIDTH, 3), "RGB; 0 by 0 with END closes the session only")
-    tracked_objects = (
-        TensorSpec("text_embeddings", "float32", (SESSION_OBJECTS, dim), "[SEG] embeddings; START only", optional=True),
-        TensorSpec("boxes", "float32", (BOXES, 4), "xyxy, normalised; START only", optional=True),
-        TensorSpec("box_objects", "int32", (BOXES,), "Object of each box, 0..; START only.", optional=True, below=settings.MAX_OBJECTS),
+    frame_size = TensorSpec("frame_size", "int32", (2,), "height and width of the caller's frame; 0, 0 closes the session only")
+    tracked_frame = tuple(TensorSpec(spec.name, spec.dtype, spec.shape[1:], spec.doc, optional=True) for spec in frame_tensors)
+    frame_idx = TensorSpec("frame_idx", "int32", (1,), "index of the frame in its session or clip, from 0")
+    edits = (
+        TensorSpec("text_embeddings", "float32", (TEXTS, dim), "[SEG] embeddings of objects to track from this frame on", optional=True),
+        TensorSpec("text_objects", "int32", (TEXTS,), "id of each one's object; 0, 1, ... where left out", optional=True),
+        TensorSpec("boxes", "float32", (BOXES, 4), "xyxy, normalised; around objects to track from this frame on", optional=True),
+        TensorSpec("box_objects", "int32", (BOXES,), "id of each box's object", optional=True),
+        TensorSpec("points", "float32", (POINTS, 2), "x, y, normalised; on, or beside, objects to track from this frame on", optional=True),
+        TensorSpec("point_labels", "int32", (POINTS,), "1: on the object, 0: not on it.", optional=True, below=POSITIVE + 1),
+        TensorSpec("point_objects", "int32", (POINTS,), "id of each point's object", optional=True),
+        TensorSpec("masks", "bool", (MASKS, HEIGHT, WIDTH), "masks of objects to track from this frame on, of its size", optional=True),
+        TensorSpec("mask_objects", "int32", (MASKS,), "id of each mask's object", optional=True),
+        TensorSpec("removed_objects", "int32", (REMOVED,), "ids of objects to follow no longer", optional=True),
     )
-    tracked_masks = (
-        TensorSpec("mask_rle", "string", (ANY_OBJECTS,), "COCO compressed RLE counts of each object's mask; empty with mask_format bits"),
+    decoded_masks = (
+        TensorSpec("mask_rle", "string", (ANY_OBJECTS,), "with mask_format rle: COCO's compressed RLE counts of each mask"),
+        TensorSpec("mask_bits", "uint8", (ANY_OBJECTS, MASK_BYTES), "with bits: each mask's H*W bits, row by row, high bit first"),
         TensorSpec(
-            "mask_bits", "uint8", (ANY_OBJECTS, MASK_BYTES), "each mask's H*W bits, row by row, high bit first; empty with mask_format rle"
+            "mask_logits",
+            "float32",
+            (ANY_OBJECTS, sam2.low_res, sam2.low_res),
+            "with logits: of the frame stretched to a square; > 0 is mask",
         ),
+        TensorSpec("mask_boxes", "int32", (ANY_OBJECTS, 4), "xyxy in pixels of the frame, right and bottom exclusive; zeros: empty mask"),
+        TensorSpec("mask_areas", "int32", (ANY_OBJECTS,), "pixels of the frame"),
         TensorSpec("predicted_iou", "float32", (ANY_OBJECTS,), "the decoder's own estimate, 0..1"),
         TensorSpec("object_scores", "float32", (ANY_OBJECTS,), "> 0: the object is in the frame"),
         TensorSpec("visible", "bool", (ANY_OBJECTS,), "the mask is not empty and the score is positive"),
     )
-    frame_size = TensorSpec("frame_size", "int32", (2,), "height and width of the caller's frame; 0, 0 closes the session only")
-    tracked_frame = tuple(TensorSpec(spec.name, spec.dtype, spec.shape[1:], spec.doc, optional=True) for spec in frame_tensors)
+    tracked_masks = (
+        frame_idx,
+        TensorSpec("object_ids", "int32", (ANY_OBJECTS,), "of the objects, in the order of their arrival"),
+        *decoded_masks,
+    )
 
     served = [
         Component(
@@ -276,22 +326,14 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("proposal_frame", "uint8", (sam2.image_size, sam2.image_size, 3), "with proposal_debug: where they were found"),
                 *(proposals[0], proposals[2]),
                 TensorSpec("branch", "string", (1,), "tracked or framewise: how the masks in this response were made"),
-                TensorSpec("frame_idx", "int32", (1,), "frame of the masks in this response"),
-                TensorSpec("frame_size", "int32", (2,), "height and width of those masks"),
-                *tracked_masks,
+                frame_idx,
+                TensorSpec("frame_size", "int32", (2,), "height and width of the masks"),
+                *decoded_masks,
                 TensorSpec("summary", "string", (1,), "JSON, last response: answer, branch, video_init, policy, timings_ms, ..."),
             ),
             serving="stream",
-            calls=(
-                "vision_encoder",
-                "image_encoder",
-                "language_model",
-                "proposal_detector",
-                "proposal_selector",
-                "frame_encoder",
-                "mask_decoder",
-                "tracker",
-            ),
+            calls=("language_model", "frame_encoder", "tracker"),
+            parts=("vision_encoder", "image_encoder", "proposal_detector", "proposal_selector", "mask_decoder"),
         ),
         Component(
             "language_model",
@@ -319,6 +361,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("finished", "bool", (1,), "an end token was decoded or the cache is full"),
             ),
             serving="sequence",
+            parts=("token_embedder", "language_decoder", "prompt_projector"),
         ),
         Component(
             "frame_preprocessor",
@@ -333,15 +376,15 @@ def components(config: ModelConfig) -> dict[str, Component]:
         Component(
             "tracker",
             "One frame of tracking sessions; memories stay inside (spec 7).",
-            (*tracked_frame, frame_size, *tracked_objects),
+            (*tracked_frame, frame_size, *edits),
             tracked_masks,
             serving="sequence",
-            calls=("memory_attention", "mask_decoder", "memory_encoder"),
+            parts=("mask_downsampler", "memory_attention", "mask_decoder", "memory_encoder"),
         ),
         Component(
             "sparrow_track",
             "One request per frame, one correlation id per tracking session (public).",
-            (session_frame, *tracked_objects),
+            (session_frame, *edits),
             tracked_masks,
             serving="ensemble",
             calls=("frame_preprocessor", "frame_encoder", "tracker"),
@@ -354,4 +397,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
     }
     there = scopes[config.scope]
     kept = [component for component in (*graphs, *served) if there(component.name)]
-    return {component.name: replace(component, calls=tuple(filter(there, component.calls))) for component in kept}
+    return {
+        component.name: replace(component, calls=tuple(filter(there, component.calls)), parts=tuple(filter(there, component.parts)))
+        for component in kept
+    }

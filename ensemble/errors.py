@@ -4,6 +4,7 @@ SparrowError
 ├── InvalidInput      INVALID_ARG   the request can never succeed: mend it
 ├── UnknownSession    NOT_FOUND     the tracking or generation session is not open: send START
 ├── CapacityExceeded  UNAVAILABLE   a limit of this server is reached: retry later or ask for less
+├── Cancelled         CANCELLED     the caller took the request back before it was worked on
 └── ComponentFailed   INTERNAL      a model behind this one failed: see the server's log
 """
 
@@ -40,6 +41,13 @@ class CapacityExceeded(SparrowError):
     grpc_status = "UNAVAILABLE"
 
 
+class Cancelled(SparrowError):
+    """The caller took the request back before it was worked on; nothing has changed."""
+
+    triton_code = "CANCELLED"
+    grpc_status = "CANCELLED"
+
+
 class ComponentFailed(SparrowError):
     """A model that this one depends on failed."""
 
@@ -54,6 +62,6 @@ def to_wire(error: SparrowError) -> str:
 
 def from_wire(text: str) -> SparrowError:
     """The error that `to_wire` wrote, whatever Triton put around it; ComponentFailed for any other text."""
-    kinds = {kind.__name__: kind for kind in (InvalidInput, UnknownSession, CapacityExceeded, ComponentFailed)}
+    kinds = {kind.__name__: kind for kind in (InvalidInput, UnknownSession, CapacityExceeded, Cancelled, ComponentFailed)}
     match = re.search(rf"({'|'.join(kinds)}): (.*)", text, re.DOTALL)
     return kinds[match[1]](match[2]) if match else ComponentFailed(text)

@@ -12,7 +12,7 @@ import numpy as np
 from . import settings
 from .components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER, components
 from .config import ModelConfig
-from .errors import InvalidInput, SparrowError
+from .errors import Cancelled, InvalidInput, SparrowError
 from .runner import Parameters, SequenceRequest
 from .sampling import Sampling, draw, greedy
 from .sessions import SessionStore
@@ -104,12 +104,18 @@ class LanguageModel:
                 self._accept(turn, row, state)
         results |= {position: self._respond(turn) for position, turn in turns.items()}
         for position, request in enumerate(requests):
-            if request.end or (request.start and isinstance(results[position], SparrowError)):
+            refused = request.start and isinstance(results[position], SparrowError)
+            if request.end and not refused:
                 self.sessions.close(request.session_id)
         return [results[position] for position in range(len(requests))]
 
+    def expire(self) -> None:
+        self.sessions.expire()
+
     def _begin(self, request: SequenceRequest) -> Turn:
         """The answer of a request; START reads the prompt, which decides the first token."""
+        if request.cancelled:
+            raise Cancelled("language_model: the request was cancelled before its turn.")
         self._contract.check_inputs(request.inputs)
         num_tokens = int(request.inputs["num_tokens"][0])
         if not request.start:
@@ -125,7 +131,11 @@ class LanguageModel:
         used = {other.slot for other in self.sessions.states()}
         answer.slot = next(slot for slot in range(settings.MAX_GENERATIONS) if slot not in used)
         turn = Turn(answer, max(1, num_tokens))
-        self._accept(turn, *self._decoder.prefill(answer.slot, embeddings))
+        try:
+            self._accept(turn, *self._decoder.prefill(answer.slot, embeddings))
+        except BaseException:
+            self.sessions.close(request.session_id)
+            raise
         return turn
 
     def _embeddings(self, inputs: Arrays) -> Array:

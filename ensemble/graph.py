@@ -12,12 +12,13 @@ PUBLIC = ("sparrow", "sparrow_track")
 
 def served(components: Mapping[str, Component]) -> list[Component]:
     """The components that are Triton models."""
-    return [component for component in components.values() if component.part_of is None]
+    return [component for component in components.values() if component.serving != "graph"]
 
 
 def parts(components: Mapping[str, Component], model: str) -> list[Component]:
-    """The graphs that a Triton model loads: its own, or those that are part of it."""
-    return [component for component in components.values() if component.is_graph and (component.part_of or component.name) == model]
+    """The graphs in the process of a Triton model: the one that it is, or those that it runs."""
+    component = components[model]
+    return [component] if component.is_graph else [components[part] for part in component.parts]
 
 
 def ensemble_steps(components: Mapping[str, Component], name: str) -> list[tuple[Component, list[TensorSpec]]]:
@@ -42,10 +43,16 @@ def ensemble_steps(components: Mapping[str, Component], name: str) -> list[tuple
 
 
 def mermaid(components: Mapping[str, Component]) -> str:
-    """The call graph as a mermaid flowchart; public models are stadium-shaped."""
+    """The Triton models with the graphs in them and the calls between them, as a mermaid flowchart; public models are stadium-shaped."""
     lines = ["flowchart LR"]
-    for component in served(components):
-        lines.append(f"    {component.name}([{component.name}])" if component.name in PUBLIC else f"    {component.name}[{component.name}]")
-    for component in served(components):
-        lines += [f"    {component.name} --> {call}" for call in component.calls]
+    for model in served(components):
+        node = f"{model.name}([{model.name}])" if model.name in PUBLIC else f"{model.name}[{model.name}]"
+        if model.parts:
+            inside = [f"        {model.name}.{part}[{part}]" for part in model.parts]
+            lines += [f"    subgraph {model.name}_process[process of {model.name}]", f"        {node}", *inside, "    end"]
+            lines += [f"    {model.name} --- {model.name}.{part}" for part in model.parts]
+        else:
+            lines.append(f"    {node}")
+    for model in served(components):
+        lines += [f"    {model.name} --> {call}" for call in model.calls]
     return "\n".join(lines)

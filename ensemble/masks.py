@@ -7,12 +7,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco
 
+from . import settings
 from .errors import InvalidInput
 from .tensors import Array, Arrays
 
-MASK_FORMATS = ("rle", "bits")
+MASK_FORMATS = ("rle", "bits", "logits")
 
 
 def resize(maps: Array, height: int, width: int) -> Array:
@@ -39,29 +41,63 @@ def mask_format(parameters: Mapping[str, Any]) -> str:
     return asked
 
 
-def respond(masks: Array, scores: Arrays, parameters: Mapping[str, Any]) -> Arrays:
+def respond(logits: Array, scores: Arrays, size: tuple[int, int], parameters: Mapping[str, Any]) -> Arrays:
     """The mask tensors of a response.
 
     Args:
-        masks: [N, H, W] bool.
+        logits: [N, L, L] float32.
         scores: holds predicted_iou and object_scores, [N] float32 each.
+        size: height and width of the frame.
         parameters: of the request; see `mask_format`.
     Returns:
-        `mask_rle` [N] bytes (COCO compressed RLE counts) and `mask_bits` [N, ceil(H*W/8)] uint8, of which the format that was
-        not asked for is empty (an ensemble has to return all its outputs); scores; visible [N] bool.
+        `mask_rle`, `mask_bits` and `mask_logits`, of which those that were not asked for hold no masks (an ensemble has to return all its
+        outputs); what the contract lists behind them.
     Raises:
         InvalidInput: another mask_format.
     """
-    counts = np.full(len(masks), b"", object)
-    bits = np.zeros((len(masks), 0), np.uint8)
-    if mask_format(parameters) == "bits":
-        bits = np.packbits(masks.reshape(len(masks), masks.shape[1] * masks.shape[2]), axis=1)
-    else:
-        counts[:] = [coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"] for mask in masks]
+    asked = mask_format(parameters)
+    masks = binary_masks(logits, *size)
+    counts = np.empty(len(masks) if asked == "rle" else 0, object)
+    counts[:] = [coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"] for mask in masks[: len(counts)]]
+    bits = np.packbits(masks.reshape(len(masks), size[0] * size[1]), axis=1) if asked == "bits" else np.zeros((0, 0), np.uint8)
+    areas = masks.sum((1, 2), dtype=np.int32)
     return {
         "mask_rle": counts,
         "mask_bits": bits,
+        "mask_logits": logits if asked == "logits" else logits[:0],
+        "mask_boxes": tight_boxes(masks),
+        "mask_areas": areas,
         "predicted_iou": scores["predicted_iou"],
         "object_scores": scores["object_scores"],
-        "visible": masks.any((1, 2)) & (scores["object_scores"] > 0),
+        "visible": (areas > 0) & (scores["object_scores"] > 0),
     }
+
+
+def tight_boxes(masks: Array) -> Array:
+    """[N, H, W] bool to [N, 4] int32 xyxy in pixels, right and bottom exclusive; zeros for an empty mask."""
+    edges = []
+    for axis in (1, 2):  # over the rows for x, over the columns for y
+        line = masks.any(axis)  # [N, H, W] -> [N, W or H]
+        first, last = line.argmax(1), line.shape[1] - line[:, ::-1].argmax(1)
+        edges.append(np.stack([first, last], 1) * line.any(1, keepdims=True))
+    (x1, x2), (y1, y2) = (edge.T for edge in edges)
+    boxes: Array = np.stack([x1, y1, x2, y2], 1).astype(np.int32)
+    return boxes
+
+
+def stretch_mask(mask: Array, side: int) -> Array:
+    """A mask that the caller drew over the square grounding frame: antialiased bilinear, then half or more (sam2_video_predictor.py
+    add_new_mask): [H, W] bool -> [side, side] bool.
+    """
+    drawn: Array = antialiased(mask.astype(np.float32), side) >= 0.5
+    return drawn
+
+
+def drawn_logits(mask: Array, side: int) -> Array:
+    """The logits of such a mask: [S, S] bool -> [side, side] float32 (sam2_base.py _use_mask_as_output)."""
+    return antialiased(np.where(mask, np.float32(settings.DRAWN_MASK_LOGIT), np.float32(-settings.DRAWN_MASK_LOGIT)), side)
+
+
+def antialiased(map: Array, side: int) -> Array:
+    """[H, W] float32 -> [side, side], bilinear over all source pixels (torch `interpolate` with antialias)."""
+    return np.asarray(Image.fromarray(map).resize((side, side), Image.Resampling.BILINEAR))

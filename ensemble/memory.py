@@ -1,10 +1,14 @@
-"""Per-object memory of a tracking session: a fixed bank however long the video is (spec 7.5, 7.6)."""
+"""What a tracked object's past is to its next frame: a fixed bank however long the video is (spec 7.5, 7.6)."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
 from . import settings
+from .config import Sam2Config
+from .runner import Device, DeviceArray
 from .tensors import Array
 
 
@@ -39,48 +43,61 @@ def temporal_rows(frame_idx: int, num_maps: int) -> Array:
 
 
 class MemoryBank:
-    """Memory maps and pointers of the objects of one session.
+    """Memory maps and pointers of one object, where its graphs run; frames count from the one that conditioned it.
 
     Args:
-        maps: [O, C, g, g] float32, the conditioning frame's memory maps.
-        pointers: [O, D] float32, the conditioning frame's object pointers.
-        num_maps: maps kept per object.
+        sam2: sizes.
+        device: holds the arrays.
+        maps: [C, g, g], the conditioning frame's memory map; its values are representable in bfloat16.
+        pointer: [D], the conditioning frame's object pointer.
     """
 
-    def __init__(self, maps: Array, pointers: Array, num_maps: int) -> None:
+    def __init__(self, sam2: Sam2Config, device: Device, maps: DeviceArray, pointer: DeviceArray) -> None:
+        self.frame_idx = 0
+        """Next frame."""
+        self._maps = device.zeros(maps_shape(sam2), "bfloat16")
+        self._pointers = device.zeros((sam2.num_pointers, sam2.width), "float32")
+        self._maps[0], self._pointers[0] = maps, pointer
         self.frame_idx = 1
         """Next frame."""
-        self._maps = np.zeros((len(maps), num_maps, *maps.shape[1:]), maps.dtype)
-        self._pointers = np.zeros((len(pointers), 1 + settings.MAX_RECENT_POINTERS, pointers.shape[1]), pointers.dtype)
-        self._maps[:, 0], self._pointers[:, 0] = maps, pointers
 
     @property
-    def maps(self) -> Array:
-        """[O, M, C, g, g]: the slots in use; M grows to num_maps."""
-        return self._maps[:, : min(self.frame_idx, self._maps.shape[1])]
+    def num_maps(self) -> int:
+        """Slots of the map bank in use."""
+        return min(self.frame_idx, len(self._maps))
+
+    @property
+    def maps(self) -> DeviceArray:
+        """[M, C, g, g]: the slots in use; M grows to num_maps."""
+        return self._maps[: self.num_maps]
 
     @property
     def rows(self) -> Array:
         """[M] int64: temporal row of each map as the next frame sees it."""
-        return temporal_rows(self.frame_idx, self._maps.shape[1])
+        return temporal_rows(self.frame_idx, len(self._maps))
 
     @property
-    def pointers(self) -> Array:
-        """[O, P, D]: the slots in use; P grows to 1 + MAX_RECENT_POINTERS."""
-        return self._pointers[:, : min(self.frame_idx, self._pointers.shape[1])]
+    def pointers(self) -> DeviceArray:
+        """[P, D]: every slot; P is num_pointers."""
+        return self._pointers
 
     @property
     def pointer_distances(self) -> Array:
-        """[P] int64: how many frames before the next one each pointer was made."""
-        return slot_distances(self.frame_idx, self._pointers.shape[1])
+        """[P] int64: how many frames before the next one each pointer was made, -1 absent."""
+        distances = slot_distances(self.frame_idx, len(self._pointers))
+        return np.pad(distances, (0, len(self._pointers) - len(distances)), constant_values=-1)
 
-    def append(self, maps: Array, pointers: Array) -> None:
-        """Stores the frame just tracked over the oldest recent one.
-
-        Args:
-            maps: [O, C, g, g] float32.
-            pointers: [O, D] float32.
-        """
-        self._maps[:, ring_slot(self.frame_idx, self._maps.shape[1] - 1)] = maps
-        self._pointers[:, ring_slot(self.frame_idx, settings.MAX_RECENT_POINTERS)] = pointers
+    def append(self, maps: DeviceArray, pointer: DeviceArray) -> None:
+        """Stores the frame just tracked over the oldest recent one; arguments as of the class."""
+        self._maps[ring_slot(self.frame_idx, len(self._maps) - 1)] = maps
+        self._pointers[ring_slot(self.frame_idx, settings.MAX_RECENT_POINTERS)] = pointer
         self.frame_idx += 1
+
+
+def maps_shape(sam2: Sam2Config) -> tuple[int, int, int, int]:
+    return sam2.num_maps, sam2.memory_width, sam2.grid, sam2.grid
+
+
+def bank_bytes(sam2: Sam2Config, device: Device) -> int:
+    """What the memory of one object takes."""
+    return math.prod(maps_shape(sam2)) * device.itemsize("bfloat16") + sam2.num_pointers * sam2.width * device.itemsize("float32")

@@ -22,8 +22,8 @@ from . import frames as preprocess
 from . import masks, selection, settings, targets
 from .components import components
 from .config import LanguageConfig, ModelConfig
-from .decoding import BOX, BOX_AND_TEXT, TEXT_ONLY, Prompts, decode_masks
-from .errors import CapacityExceeded, InvalidInput
+from .decoding import BOX, BOX_AND_TEXT, TEXT_ONLY, Prompt, decode_masks
+from .errors import InvalidInput
 from .generation import SAMPLING
 from .options import Options
 from .prompt import check_prompt, phrases, prompt_ids
@@ -236,11 +236,6 @@ class Pipeline:
             **flatten_boxes(objects.boxes, "boxes", "box_objects"),
         }
         branches = self._branches(clip, options)
-        if "tracked" in branches and len(answer.seg) > settings.MAX_OBJECTS:
-            raise CapacityExceeded(
-                f"sparrow: the answer names {len(answer.seg)} objects, expected at most {settings.MAX_OBJECTS} to track. "
-                "Ask for fewer, or use branch framewise."
-            )
         start = {"framewise": self._framewise, "tracked": self._tracked}
         with ExitStack() as stack:
             decoders = {branch: stack.enter_context(start[branch](clip, objects, options)) for branch in branches}
@@ -249,10 +244,10 @@ class Pipeline:
                     with timings.stage("masks"):
                         response = decode(frame)
                     yield {
+                        **response,
                         "branch": np.array([branch.encode()], object),
                         "frame_idx": np.array([frame_idx], np.int32),
                         "frame_size": np.array(clip.size, np.int32),
-                        **response,
                     }
 
     def _select(self, clip: Clip, answer: Answer, frame: Arrays, proposals: Future[Arrays] | None, options: Options) -> Objects:
@@ -275,8 +270,8 @@ class Pipeline:
         """The box-prior filter: decode frame 0 from each box alone, keep the boxes that their mask fills (spec 5.5)."""
         every = np.concatenate(selected)
         corners = selection.prior_points(every, *clip.size, self.config.sam2.image_size)
-        prompts = Prompts(BOX, np.zeros(len(every), np.int64), multimask=False, corners=corners)
-        logits = decode_masks(self.runner, frame, prompts)["mask_logits"]
+        prompts = [Prompt(BOX, multimask=False, points=own) for own in corners]
+        logits = self._decode(frame, prompts)["mask_logits"]
         scores = selection.prior_scores(every, masks.prior_masks(logits, *clip.size, settings.PRIOR_MASK_SIZE))
         by_object = np.split(scores, np.cumsum([len(boxes) for boxes in selected])[:-1])
         limits = options.box_prior_min_score, options.box_prior_max_keep
@@ -288,19 +283,23 @@ class Pipeline:
         owners = np.repeat(np.arange(len(objects.boxes)), [len(boxes) for boxes in objects.boxes])
         if all(map(len, objects.boxes)):
             corners = np.concatenate(objects.boxes).reshape(-1, 2, 2) * np.float32(self.config.sam2.image_size)
-            prompts = Prompts(BOX_AND_TEXT, np.zeros(len(owners), np.int64), False, corners, objects.embeddings[owners])
+            texts = objects.embeddings[owners]
+            prompts = [Prompt(BOX_AND_TEXT, multimask=False, points=own, text=text) for own, text in zip(corners, texts, strict=True)]
         else:
             owners = np.arange(len(objects.embeddings))
-            prompts = Prompts(TEXT_ONLY, np.zeros(len(owners), np.int64), False, text=objects.embeddings)
+            prompts = [Prompt(TEXT_ONLY, multimask=False, text=text) for text in objects.embeddings]
         starts = np.flatnonzero(np.diff(owners, prepend=-1))
 
         def decode(frame: Arrays) -> Arrays:
-            decoded = decode_masks(self.runner, frame, prompts)
+            decoded = self._decode(frame, prompts)
             best = {name: np.maximum.reduceat(decoded[name], starts) for name in ("mask_logits", "predicted_iou", "object_scores")}
-            binary = masks.binary_masks(best["mask_logits"], *clip.size)
-            return masks.respond(binary, best, {"mask_format": options.mask_format})
+            return masks.respond(best["mask_logits"], best, clip.size, {"mask_format": options.mask_format})
 
         yield decode
+
+    def _decode(self, frame: Arrays, prompts: list[Prompt]) -> Arrays:
+        """Masks of one frame."""
+        return decode_masks(self.runner.run, frame, prompts, np.zeros(len(prompts), np.int64))
 
     @contextmanager
     def _tracked(self, clip: Clip, objects: Objects, options: Options) -> Iterator[FrameDecoder]:
@@ -313,7 +312,9 @@ class Pipeline:
 
             def decode(frame: Arrays) -> Arrays:
                 one_frame = {name: array[0] for name, array in frame.items()}
-                return session.step({**one_frame, "frame_size": frame_size, **({} if session.started else start)})
+                response = session.step({**one_frame, "frame_size": frame_size, **({} if session.started else start)})
+                del response["object_ids"]  # the rows of `phrases`
+                return response
 
             yield decode
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .errors import SparrowError
-from .tensors import Arrays
+from .tensors import Array, Arrays
 
 Parameters = Mapping[str, Any]
 
@@ -30,6 +31,7 @@ class SequenceRequest:
     inputs: Arrays
     start: bool = False
     end: bool = False
+    cancelled: bool = False
     parameters: Parameters = field(default_factory=dict)
 
 
@@ -49,7 +51,7 @@ class Session:
 
     def step(self, inputs: Arrays, end: bool = False) -> Arrays:
         """The next request of the sequence; `end` frees its state afterwards."""
-        request = SequenceRequest(self._id, inputs, not self.started, end, self._parameters)
+        request = SequenceRequest(self._id, inputs, not self.started, end, parameters=self._parameters)
         self.started, self._ended = True, end
         return self._send(request)
 
@@ -85,12 +87,73 @@ class Stateful(Protocol):
     def step(self, requests: list[SequenceRequest]) -> list[Arrays | SparrowError]:
         """One result per request, in order; a bad request fails alone."""
 
+    def expire(self) -> None:
+        """Frees the sequences that were idle for too long; to be called now and then, since a vanished client sends nothing."""
+
 
 class Graph(Protocol):
     """A loaded graph of any engine kind."""
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name."""
+
+
+DeviceArray = Any
+"""An array where a device keeps it: NumPy's or a torch tensor. Code for both only indexes it and hands it to graphs."""
+
+
+class Device(Protocol):
+    """Where graphs run and memories stay."""
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+        """A new array; dtype is float32 or bfloat16."""
+
+    def itemsize(self, dtype: str) -> int:
+        """Bytes of a value as `zeros` stores it."""
+
+    def put(self, array: DeviceArray) -> DeviceArray:
+        """A NumPy array on the device; what is there already stays."""
+
+    def stack(self, arrays: Sequence[DeviceArray]) -> DeviceArray:
+        """[n, ...] float32."""
+
+    def run(self, graph: Graph, inputs: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
+        """`Graph.run` without leaving the device."""
+
+    def host(self, array: DeviceArray) -> Array:
+        """NumPy; waits until it is computed."""
+
+    @contextmanager
+    def timed(self) -> Iterator[Callable[[], float]]:
+        """Yields what tells, once results are on the host, the seconds that the device was busy inside."""
+
+
+class Host:
+    """The device of graphs that take and return NumPy arrays."""
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Array:
+        return np.zeros(shape, np.float32)  # NumPy has no bfloat16
+
+    def itemsize(self, dtype: str) -> int:
+        return np.dtype(np.float32).itemsize
+
+    def put(self, array: Array) -> Array:
+        return array
+
+    def stack(self, arrays: Sequence[Array]) -> Array:
+        return np.stack(arrays)
+
+    def run(self, graph: Graph, inputs: Mapping[str, Array]) -> Arrays:
+        return graph.run(dict(inputs))
+
+    def host(self, array: Array) -> Array:
+        return array
+
+    @contextmanager
+    def timed(self) -> Iterator[Callable[[], float]]:
+        start = stop = time.perf_counter()
+        yield lambda: stop - start
+        stop = time.perf_counter()
 
 
 class LocalRunner:

@@ -62,6 +62,8 @@ NO_OBJECT_LOGIT = -1024.0
 """Mask logit of an object whose score is not positive (sam2_base.py NO_OBJ_SCORE)."""
 MASK_PROMPT_CLAMP = 32.0
 """Bound of the logits that go back into the decoder as a prompt (sam2_video_predictor.py)."""
+DRAWN_MASK_LOGIT = 10.0
+"""Logits of a mask that the caller drew: this inside, its negative outside (sam2_base.py _use_mask_as_output)."""
 MEMORY_MASK_SCALE, MEMORY_MASK_BIAS = 20.0, -10.0
 """sigmoid_scale_for_mem_enc, sigmoid_bias_for_mem_enc (sam2_hiera_l.yaml)"""
 
@@ -69,16 +71,39 @@ MEMORY_MASK_SCALE, MEMORY_MASK_BIAS = 20.0, -10.0
 MAX_RECENT_POINTERS = 15
 """max_obj_ptrs_in_encoder less the conditioning frame's (sam2_base.py)"""
 
-# Sessions ------------------------------------------------------------------------------------------------------------
-MAX_SESSIONS = 16
+# Prompts of tracked objects -------------------------------------------------------------------------------------------
+PROMPT_SLOTS = (3, 16)
+"""Slots that a decode's prompt is filled up to with absent ones: few shapes, whoever shares the call."""
+MAX_POINTS = 13
+"""Points of one object: what 16 slots hold beside a box and SAM2's padding."""
+
+# Sessions: `sparrow export` writes these into tracker/config.pbtxt, where a deployment changes them ---------------------
+MAX_SESSIONS = 64
+"""Tracking sessions at once."""
 MAX_OBJECTS = 16
 """Objects of one session."""
+MAX_MEMORY_MIB = 512
+"""Memory banks of all sessions together; 3.5 MiB an object at full size on a GPU."""
 SESSION_IDLE_S = 60
 """A tracking session without a frame for this long is closed."""
+EVICTABLE_IDLE_S = 10
+"""Without a frame for this long, a session makes room when a limit is reached: its client is probably gone."""
+
+SWEEP_S = 1
+"""How often idle sessions are looked for and figures are passed to /metrics."""
+
+# Batching -------------------------------------------------------------------------------------------------------------
+TRITON_IDLE_S = 600
+"""Triton forgets a tracking session later than the tracker itself, which then still says why it was closed."""
+TRITON_SEQUENCES = 4096
+"""Tracking sessions that Triton lets through to the tracker, which refuses surplus ones with a message; a client that vanishes holds
+one until TRITON_IDLE_S."""
 BATCH_DELAY_US = 500
 """How long a frame waits for frames of other sessions to share its step."""
 MAX_FRAME_BATCH = 8
-"""Frames of different sessions in one encoder call."""
+"""Frames of different sessions in one step."""
+MAX_OBJECT_BATCH = 16
+"""Objects in one call of a graph; a power of two, and calls hold a power of two of them."""
 MAX_REQUESTS = 8
 """Clips that `sparrow` works on at once; more wait in Triton's queue."""
 FRAMES_AHEAD = 2

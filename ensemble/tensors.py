@@ -122,10 +122,10 @@ class Tolerance:
 
 
 Serving = Literal["graph", "batched_graph", "sequence", "stream", "ensemble", "function"]
-"""How Triton schedules a component.
+"""How a component is served.
 
-`graph`          one exported graph, one request at a time (its leading Dims already hold a batch)
-`batched_graph`  one exported graph whose leading Dim is filled from several requests by the dynamic batcher
+`graph`          one exported graph inside the process of every model that names it in `parts` (ADR 0013)
+`batched_graph`  one exported graph, a model of its own: its leading Dim is filled from several requests by the dynamic batcher
 `sequence`       state between the requests of one correlation id; steps of several sequences are batched
 `stream`         decoupled: many responses to one request
 `ensemble`       a pipeline that Triton itself runs
@@ -135,15 +135,15 @@ Serving = Literal["graph", "batched_graph", "sequence", "stream", "ensemble", "f
 
 @dataclass(frozen=True)
 class Component:
-    """A step of the system with its tensors; Triton serves it under the same name.
+    """A step of the system with its tensors; Triton serves all but the `graph` ones under the same name.
 
     Args:
         name: lower_snake_case, the same everywhere.
         doc: what it computes, in one sentence.
         inputs, outputs: its tensors.
-        serving: how Triton schedules it.
-        calls: the components that it calls while it works.
-        part_of: set where the graph is not a Triton model of its own but a part of that one.
+        serving: how it is served.
+        calls: the Triton models that it calls while it works.
+        parts: the graphs that it runs in its own process.
         tolerance: engine against torch, float32; graphs only.
     """
 
@@ -153,7 +153,7 @@ class Component:
     outputs: tuple[TensorSpec, ...]
     serving: Serving = "graph"
     calls: tuple[str, ...] = ()
-    part_of: str | None = None
+    parts: tuple[str, ...] = ()
     tolerance: Tolerance = Tolerance(1e-4, "float32 summation order")
 
     @property

@@ -1,47 +1,120 @@
-"""Tracking sessions: one step takes the next frame of several sessions and returns their masks (spec 7)."""
+"""Tracking sessions: one step takes the next frame of several sessions and returns their masks (spec 7).
+
+request ─► edits ─┬─ objects that start: their prompts, turn by turn ─► mask_decoder ─────┐
+                  └─ the others: memory bank ─► memory_attention ─► mask_decoder ─────────┼─► memory_encoder ─► memory bank
+                                                                                          └─► masks at the frame's size
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from . import masks, settings
+from . import masks, metrics, settings
 from .components import components
 from .config import ModelConfig
-from .decoding import BOX, TRACKED, TRACKED_TEXT, Prompts, decode_masks, gate
-from .errors import InvalidInput, SparrowError
-from .memory import MemoryBank
-from .runner import Runner, SequenceRequest
+from .decoding import TRACKED, Prompt, decode_masks, gate, gated
+from .errors import Cancelled, CapacityExceeded, InvalidInput, SparrowError
+from .memory import MemoryBank, bank_bytes
+from .prompts import Edits, ObjectPrompt, read_edits
+from .runner import Device, DeviceArray, Graph, Host, SequenceRequest
 from .sessions import SessionStore
 from .tensors import Array, Arrays
 
 FRAME_TENSORS = ("frame_embeddings", "high_res_1", "high_res_0")
+
+FRAME_IDX, RESET = "frame_idx", "reset"
+"""Request parameters: the index of the frame in its session, from 0, where the caller wants it checked; whether the objects so far are
+forgotten before the request's own prompts start theirs."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a deployment may change, in tracker/config.pbtxt; units and reasons stand in `settings`."""
+
+    max_sessions: int = settings.MAX_SESSIONS
+    max_session_objects: int = settings.MAX_OBJECTS
+    max_memory_mib: int = settings.MAX_MEMORY_MIB
+    session_idle_s: int = settings.SESSION_IDLE_S
+    evictable_idle_s: int = settings.EVICTABLE_IDLE_S
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"tracker: got {name} = {value}, expected 1 or more.")
+        if self.session_idle_s >= settings.TRITON_IDLE_S:
+            raise ValueError(
+                f"tracker: got session_idle_s = {self.session_idle_s}, expected less than {settings.TRITON_IDLE_S}, after which Triton "
+                "itself forgets a session."
+            )
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> Limits:
+        """Raises ValueError that names a limit which is missing or no number."""
+        return cls(**{entry.name: int(parameters[entry.name]) for entry in fields(cls)})
 
 
 @dataclass
 class TrackState:
     """What a tracking session keeps between frames."""
 
+    size: tuple[int, int]
+    """Height and width of its frames."""
+    frame_idx: int = 0
+    """Next frame."""
+    banks: dict[int, MemoryBank] = field(default_factory=dict)
+    """The caller's object id to its memory, in the order of arrival."""
+    num_objects: int = 0
+    """Objects after the running step."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """An object on a frame of the running step.
+
+    Args:
+        frame: index of its frame in the step.
+        object_id: the caller's.
+        start: its prompts, where it starts here, or
+        bank: its memory.
+    """
+
+    frame: int
+    object_id: int
+    start: ObjectPrompt | None = None
     bank: MemoryBank | None = None
-    """None until the conditioning frame is decoded."""
 
 
 @dataclass(frozen=True)
 class Frame:
     """A request's frame in the running step."""
 
-    index: int
     request: SequenceRequest
     state: TrackState
-    num_objects: int
+    targets: list[Target]
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the caller's frame."""
-        height, width = self.request.inputs["frame_size"]
-        return int(height), int(width)
+
+@dataclass(frozen=True)
+class Decoded:
+    """An object's mask and what its memory takes.
+
+    Args:
+        mask_logits: [L, L] float32, gated.
+        predicted_iou, object_score: scalars.
+        maps: [C, g, g], on the device.
+        pointer: [D], on the device.
+    """
+
+    mask_logits: Array
+    predicted_iou: float
+    object_score: float
+    maps: DeviceArray
+    pointer: DeviceArray
 
 
 class Tracker:
@@ -49,177 +122,309 @@ class Tracker:
 
     Args:
         config: sizes of the model.
-        runner: reaches memory_attention, mask_decoder and memory_encoder.
+        graphs: its parts.
+        device: where they run and memories stay.
+        limits: of sessions, objects and memory.
     """
 
-    def __init__(self, config: ModelConfig, runner: Runner) -> None:
-        self._config, self._runner = config, runner
+    def __init__(
+        self,
+        config: ModelConfig,
+        graphs: Mapping[str, Graph],
+        device: Device | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self._config, self._graphs, self._device = config, graphs, device or Host()
+        self._limits = limits or Limits()
+        self.metrics = metrics.Metrics()
         self._contract = components(config)["tracker"]
-        self.sessions: SessionStore[TrackState] = SessionStore("tracker", settings.MAX_SESSIONS, settings.SESSION_IDLE_S)
+        self._bank_bytes = bank_bytes(config.sam2, self._device)
+        self.sessions: SessionStore[TrackState] = SessionStore(
+            "tracker", self._limits.max_sessions, self._limits.session_idle_s, self._limits.evictable_idle_s
+        )
+        self.sessions.on_close = partial(self.metrics.add, metrics.CLOSED, 1)
+        self._elapsed: list[tuple[str, Callable[[], float]]] = []
+        """Stages of the running step and what tells their seconds."""
+        self._report()
 
     def step(self, requests: list[SequenceRequest]) -> list[Arrays | SparrowError]:
-        """One result per request, in order; a bad request fails alone.
+        """One result per request, in order; a bad request fails alone and changes nothing.
 
         Results hold the masks of the request's objects at its frame's size; a closing request gets no objects.
         """
         results: dict[int, Arrays | SparrowError] = {}
-        frames: list[Frame] = []
-        admitted: list[int] = []
+        frames: dict[int, Frame] = {}
+        opened: set[int] = set()
         for position, request in enumerate(requests):
             try:
-                self._contract.check_inputs(request.inputs)
-                masks.mask_format(request.parameters)  # here, so that a wrong one fails alone
-                if request.inputs["frame_size"].any():
-                    frames.append(self._admit(request, len(frames)))
-                    admitted.append(position)
+                frame = self._admit(request, len(frames), opened)
+                if frame is None:
+                    results[position] = self._respond([], TrackState((1, 1)), request)
                 else:
-                    results[position] = self._respond(self._no_objects(), (1, 1), request)
+                    frames[position] = frame
             except SparrowError as error:
                 results[position] = error
         try:
-            results |= zip(admitted, self._track(frames), strict=True)
+            results |= zip(frames, self._track(list(frames.values())), strict=True)
         except SparrowError as error:
-            results |= dict.fromkeys(admitted, error)
+            results |= dict.fromkeys(frames, error)
+        finally:
+            for frame in frames.values():
+                frame.state.num_objects = len(frame.state.banks)
         for position, request in enumerate(requests):
-            if request.end or (request.start and isinstance(results[position], SparrowError)):
+            failed = isinstance(results[position], SparrowError)
+            if failed:
+                self.metrics.add(metrics.REFUSED, 1, type(results[position]).__name__)
+            ours = not request.start or request.session_id in opened  # a START may be refused because the session is open
+            if ours and (request.end or (request.start and failed)):
                 self.sessions.close(request.session_id)
+        self._report()
         return [results[position] for position in range(len(requests))]
 
-    def _admit(self, request: SequenceRequest, index: int) -> Frame:
-        """The request as a frame of this step; raises SparrowError when it cannot be served."""
+    def expire(self) -> None:
+        self.sessions.expire()
+        self._report()
+
+    def _report(self) -> None:
+        objects = sum(state.num_objects for state in self.sessions.states())
+        self.metrics.set(metrics.SESSIONS, len(self.sessions))
+        self.metrics.set(metrics.OBJECTS, objects)
+        self.metrics.set(metrics.MEMORY, objects * self._bank_bytes)
+
+    # Admission -------------------------------------------------------------------------------------------------------
+
+    def _admit(self, request: SequenceRequest, index: int, opened: set[int]) -> Frame | None:
+        """The request as a frame of this step, None where it only closes; raises SparrowError when it cannot be served."""
+        if request.cancelled:
+            raise Cancelled("tracker: the request was cancelled before its turn. The session is as it was.")
+        self._contract.check_inputs(request.inputs)
+        masks.mask_format(request.parameters)  # here, so that a wrong one fails alone
+        height, width = request.inputs["frame_size"].tolist()
+        if not height * width:
+            return None
         missing = [name for name in FRAME_TENSORS if name not in request.inputs]
         if missing:
             raise InvalidInput(f"tracker.{missing[0]}: got nothing, expected the features of a frame. Add them to the request.")
+        edits = read_edits(request.inputs, bool(request.parameters.get(RESET, False)), (height, width))
         if request.start:
-            num_objects = count_objects(request.inputs)
-            return Frame(index, request, self.sessions.open(request.session_id, TrackState()), num_objects)
-        state = self.sessions.get(request.session_id)
-        assert state.bank is not None  # a session whose first frame failed was closed
-        return Frame(index, request, state, len(state.bank.maps))
+            if not edits.started:
+                raise InvalidInput(
+                    "tracker: got no objects with START, expected text_embeddings, boxes, points or masks. Say what to track."
+                )
+            state = self._limited("sessions", lambda: self.sessions.open(request.session_id, TrackState((height, width))))
+            opened.add(request.session_id)
+        else:
+            state = self.sessions.get(request.session_id)
+        self._check_frame(request, state, (height, width))
+        targets = plan(index, state, edits)
+        self._reserve(request.session_id, state, len(targets))
+        return Frame(request, state, targets)
+
+    def _check_frame(self, request: SequenceRequest, state: TrackState, size: tuple[int, int]) -> None:
+        """Raises InvalidInput for a frame of another size, or one that is not due."""
+        if size != state.size:
+            got, expected = ("x".join(map(str, pixels)) for pixels in (size, state.size))
+            raise InvalidInput(
+                f"tracker: got a frame of {got} px, expected {expected} px as the session's first. Resize it, or open another session."
+            )
+        frame_idx = request.parameters.get(FRAME_IDX, state.frame_idx)
+        if frame_idx != state.frame_idx:
+            raise InvalidInput(f"tracker: got frame {frame_idx}, expected frame {state.frame_idx}. Send every frame once and in order.")
+
+    def _reserve(self, session_id: int, state: TrackState, num_objects: int) -> None:
+        """Makes sure that there is room for the objects of a session; raises CapacityExceeded."""
+
+        def check() -> None:
+            if num_objects > self._limits.max_session_objects:
+                raise CapacityExceeded(
+                    f"tracker: got {num_objects} objects for session {session_id}, expected at most {self._limits.max_session_objects}. "
+                    "Remove some, or spread them over several sessions."
+                )
+
+        def make_room() -> None:
+            most = self._limits.max_memory_mib * 2**20 // self._bank_bytes
+            while (others := sum(other.num_objects for other in self.sessions.states() if other is not state)) + num_objects > most:
+                if not self.sessions.evict(keep=session_id):
+                    raise CapacityExceeded(
+                        f"tracker: got {num_objects} objects for session {session_id}, but the {self._limits.max_memory_mib} MiB of memory "
+                        f"hold {most}, and {others} are in use. Retry when a session has ended, or track fewer."
+                    )
+
+        if num_objects > state.num_objects:
+            self._limited("session_objects", check)
+            self._limited("memory", make_room)
+        state.num_objects = num_objects
+
+    def _limited(self, limit: str, action: Any) -> Any:
+        """What `action` returns; counts the limit where it is reached."""
+        try:
+            return action()
+        except CapacityExceeded:
+            self.metrics.add(metrics.LIMITED, 1, limit)
+            raise
+
+    # The step --------------------------------------------------------------------------------------------------------
 
     def _track(self, frames: list[Frame]) -> list[Arrays]:
         """Decodes, remembers and encodes the objects of all frames together."""
         if not frames:
             return []
-        features = {name: np.stack([frame.request.inputs[name] for frame in frames]) for name in FRAME_TENSORS}
-        prompted = [frame for frame in frames if frame.state.bank is None]
-        continued = [frame for frame in frames if frame.state.bank is not None]
-        decoded = {frame.index: result for frame, result in self._decode_prompted(prompted, features)}
-        decoded |= {frame.index: result for frame, result in self._decode_continued(continued, features)}
+        self._elapsed = []
+        targets = [target for frame in frames for target in frame.targets]
+        self.metrics.observe(metrics.STEP_FRAMES, len(frames))
+        self.metrics.observe(metrics.STEP_OBJECTS, len(targets))
+        features = {name: self._device.put(np.stack([frame.request.inputs[name] for frame in frames])) for name in FRAME_TENSORS}
+        decoded: dict[tuple[int, int], Decoded] = {}
+        for chunk in chunks(targets):
+            results = self._decode(chunk, features)
+            decoded |= {(target.frame, target.object_id): result for target, result in zip(chunk, results, strict=True)}
 
-        maps = self._runner.run(
-            "memory_encoder",
-            {
-                "frame_embeddings": features["frame_embeddings"],
-                "object_frame": object_frames(frames),
-                "mask_logits": np.concatenate([decoded[frame.index]["mask_logits"] for frame in frames]),
-                "prompted": np.repeat([frame.state.bank is None for frame in frames], [frame.num_objects for frame in frames]),
-                "object_scores": np.concatenate([decoded[frame.index]["object_scores"] for frame in frames]),
-            },
-        )["memory_maps"]
-        for frame, new_maps in zip(frames, split(maps, frames), strict=True):
-            pointers = decoded[frame.index]["object_pointers"]
-            if frame.state.bank is None:
-                frame.state.bank = MemoryBank(new_maps, pointers, self._config.sam2.num_maps)
-            else:
-                frame.state.bank.append(new_maps, pointers)
-        return [self._respond(decoded[frame.index], frame.size, frame.request) for frame in frames]
+        responses = []
+        with self._stage("respond"):
+            for frame in frames:
+                own = [decoded[target.frame, target.object_id] for target in frame.targets]
+                responses.append(self._respond(own, frame.state, frame.request, [target.object_id for target in frame.targets]))
+        for frame in frames:  # from here on nothing can fail
+            banks = {}
+            for target in frame.targets:
+                result = decoded[target.frame, target.object_id]
+                if target.bank is None:
+                    banks[target.object_id] = MemoryBank(self._config.sam2, self._device, result.maps, result.pointer)
+                else:
+                    target.bank.append(result.maps, result.pointer)
+                    banks[target.object_id] = target.bank
+            frame.state.banks = banks
+            frame.state.frame_idx += 1
+        self.metrics.add(metrics.FRAMES, len(frames))
+        for stage, elapsed in self._elapsed:
+            self.metrics.add(metrics.STAGE, elapsed(), stage)
+        return responses
 
-    def _decode_prompted(self, frames: list[Frame], features: Arrays) -> Iterable[tuple[Frame, Arrays]]:
-        """Conditioning frames: the text, then each box in turn with the mask so far as a prompt (spec 7.3 A, B)."""
-        if not frames:
-            return []
-        object_frame = object_frames(frames)
-        texts, boxes = [], []
-        for frame in frames:
-            inputs = frame.request.inputs
-            text = inputs.get("text_embeddings", np.zeros((0, self._config.sam2.width), np.float32))
-            texts += [*text, *[None] * (frame.num_objects - len(text))]
-            owners = inputs.get("box_objects", np.zeros(0, np.int32))
-            boxes += [inputs["boxes"][owners == index] if len(owners) else [] for index in range(frame.num_objects)]
+    def _decode(self, chunk: list[Target], features: Mapping[str, DeviceArray]) -> list[Decoded]:
+        """A chunk's masks and memories: its objects all start, or all have equally many memory maps."""
+        object_frame = np.array([target.frame for target in chunk], np.int64)
+        starts = chunk[0].bank is None
+        outputs = self._start(chunk, object_frame, features) if starts else self._continue(chunk, object_frame, features)
+        with self._stage("remember"):
+            maps = self._run(
+                "memory_encoder",
+                {
+                    "frame_embeddings": features["frame_embeddings"],
+                    "object_frame": object_frame,
+                    "mask_logits": self._device.put(outputs["mask_logits"]),
+                    "prompted": np.full(len(chunk), starts),
+                    "object_scores": outputs["object_scores"],
+                },
+            )["memory_maps"]
+        ious, scores = (self._device.host(outputs[name]) for name in ("predicted_iou", "object_scores"))
+        logits = gate(self._device.host(outputs["mask_logits"]), scores)
+        pointers = self._device.put(outputs["object_pointers"])
+        return [Decoded(logits[i], ious[i], scores[i], maps[i], pointers[i]) for i in range(len(chunk))]
 
+    def _continue(self, chunk: list[Target], object_frame: Array, features: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
+        """Condition on each object's memories, decode without a prompt (spec 7.5)."""
+        banks = [target.bank for target in chunk if target.bank is not None]
+        with self._stage("attend"):
+            conditioned = self._run(
+                "memory_attention",
+                {
+                    "frame_embeddings": features["frame_embeddings"],
+                    "object_frame": object_frame,
+                    "memory_maps": self._device.stack([bank.maps for bank in banks]),
+                    "memory_rows": np.stack([bank.rows for bank in banks]),
+                    "object_pointers": self._device.stack([bank.pointers for bank in banks]),
+                    "pointer_distances": np.stack([bank.pointer_distances for bank in banks]),
+                },
+            )["conditioned_embeddings"]
+        with self._stage("decode"):
+            prompts = [Prompt(TRACKED, multimask=True, remembers=True)] * len(chunk)
+            return decode_masks(self._run, features, prompts, object_frame, conditioned, self._device)
+
+    def _start(self, chunk: list[Target], object_frame: Array, features: Mapping[str, DeviceArray]) -> Arrays:
+        """The prompts of each object in turn, all but the first with the mask so far (spec 7.3 A, B); a drawn mask is the result itself."""
         state: Arrays = {}
-        with_text = [index for index, text in enumerate(texts) if text is not None]
-        if with_text:
-            prompts = Prompts(TRACKED_TEXT, object_frame[with_text], multimask=True, text=np.stack([texts[index] for index in with_text]))
-            state = scatter(state, gate(decode_masks(self._runner, features, prompts)), with_text, len(texts))
-        for turn in range(max(map(len, boxes))):
-            # The first box of an object without text has no mask to start from, so it takes a call of its own.
-            fresh = [index for index, own in enumerate(boxes) if turn < len(own) and turn == 0 and texts[index] is None]
-            chained = [index for index, own in enumerate(boxes) if turn < len(own) and index not in fresh]
-            for chosen in filter(None, (fresh, chained)):
-                corners = np.clip([boxes[index][turn] for index in chosen], 0, 1).reshape(-1, 2, 2) * self._config.sam2.image_size
-                bound = settings.MASK_PROMPT_CLAMP
-                earlier = None if chosen is fresh else np.clip(state["mask_logits"][chosen], -bound, bound)
-                prompts = Prompts(BOX, object_frame[chosen], multimask=False, corners=corners.astype(np.float32), masks=earlier)
-                state = scatter(state, gate(decode_masks(self._runner, features, prompts)), chosen, len(texts))
-        return zip(frames, split_all(state, frames), strict=True)
+        with self._stage("start"):
+            drawn = {i: t.start.drawn(self._config.sam2) for i, t in enumerate(chunk) if t.start is not None and t.start.mask is not None}
+            turns = [[] if target.start is None else target.start.turns(self._config.sam2) for target in chunk]
+            for index, prompt in zip(drawn, self._mask_prompts(list(drawn.values())), strict=True):
+                turns[index] = [prompt]
+            for turn in range(max(map(len, turns))):
+                waiting = [index for index, own in enumerate(turns) if turn < len(own)]
+                for chosen in buckets(waiting):
+                    prompts = [turns[index][turn] for index in chosen]
+                    if turn:
+                        bound = settings.MASK_PROMPT_CLAMP
+                        earlier = np.clip(state["mask_logits"][chosen], -bound, bound)
+                        prompts = [replace(prompt, mask=mask) for prompt, mask in zip(prompts, earlier, strict=True)]
+                    decoded = decode_masks(self._run, features, prompts, object_frame[chosen], device=self._device)
+                    state = scatter(state, gated({name: self._device.host(array) for name, array in decoded.items()}), chosen, len(chunk))
+            for index, mask in drawn.items():  # the decoder only gave the pointer
+                state["mask_logits"][index] = masks.drawn_logits(mask, self._config.sam2.low_res)
+                state["predicted_iou"][index], state["object_scores"][index] = 1, settings.DRAWN_MASK_LOGIT
+        return state
 
-    def _decode_continued(self, frames: list[Frame], features: Arrays) -> Iterable[tuple[Frame, Arrays]]:
-        """Later frames: condition on each object's memories, decode without a prompt (spec 7.5)."""
-        banks = [frame.state.bank for frame in frames if frame.state.bank is not None]
-        if not banks:
+    def _mask_prompts(self, drawn: list[Array]) -> list[Prompt]:
+        """What tells the mask decoder of masks that the caller drew; the embedding is the frame's own (sam2_base.py track_step)."""
+        if not drawn:
             return []
-        object_frame = object_frames(frames)
-        counts = [frame.num_objects for frame in frames]
-        num_maps = max(bank.maps.shape[1] for bank in banks)
-        num_pointers = max(bank.pointers.shape[1] for bank in banks)
-        rows = np.stack([pad_absent(bank.rows, num_maps) for bank in banks])
-        distances = np.stack([pad_absent(bank.pointer_distances, num_pointers) for bank in banks])
-        conditioned = self._runner.run(
-            "memory_attention",
-            {
-                "frame_embeddings": features["frame_embeddings"],
-                "object_frame": object_frame,
-                "memory_maps": np.concatenate([pad_slots(bank.maps, num_maps) for bank in banks]),
-                "memory_rows": rows.repeat(counts, 0),
-                "object_pointers": np.concatenate([pad_slots(bank.pointers, num_pointers) for bank in banks]),
-                "pointer_distances": distances.repeat(counts, 0),
-            },
-        )["conditioned_embeddings"]
-        prompts = Prompts(TRACKED, object_frame, multimask=True)
-        decoded = gate(decode_masks(self._runner, features, prompts, conditioned))
-        return zip(frames, split_all(decoded, frames), strict=True)
+        prompts = self._device.host(self._run("mask_downsampler", {"masks": np.stack(drawn).astype(np.float32)})["mask_prompts"])
+        return [Prompt(TRACKED, multimask=False, mask=mask, remembers=True) for mask in prompts]
 
-    def _no_objects(self) -> Arrays:
-        low_res = self._config.sam2.low_res
-        none = np.zeros(0, np.float32)
-        return {"mask_logits": np.zeros((0, low_res, low_res), np.float32), "predicted_iou": none, "object_scores": none}
+    def _run(self, component: str, inputs: dict[str, DeviceArray]) -> dict[str, DeviceArray]:
+        return self._device.run(self._graphs[component], inputs)
 
-    def _respond(self, decoded: Arrays, size: tuple[int, int], request: SequenceRequest) -> Arrays:
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        with self._device.timed() as elapsed:
+            yield
+        self._elapsed.append((name, elapsed))
+
+    def _respond(self, decoded: list[Decoded], state: TrackState, request: SequenceRequest, object_ids: Sequence[int] = ()) -> Arrays:
         """The outputs of a request: masks at the frame's size and their scores."""
-        return masks.respond(masks.binary_masks(decoded["mask_logits"], *size), decoded, request.parameters)
+        low_res = self._config.sam2.low_res
+        logits = np.stack([one.mask_logits for one in decoded]) if decoded else np.zeros((0, low_res, low_res), np.float32)
+        scores = {
+            "predicted_iou": np.array([one.predicted_iou for one in decoded], np.float32),
+            "object_scores": np.array([one.object_score for one in decoded], np.float32),
+        }
+        return {
+            "frame_idx": np.array([state.frame_idx], np.int32),
+            "object_ids": np.array(object_ids, np.int32),
+            **masks.respond(logits, scores, state.size, request.parameters),
+        }
 
 
-def count_objects(inputs: Arrays) -> int:
-    """Objects of a START request; raises InvalidInput when there are none, too many, or one without text and box."""
-    texts = len(inputs.get("text_embeddings", ()))
-    owners = inputs.get("box_objects", np.zeros(0, np.int32))
-    if len(owners) != len(inputs.get("boxes", ())):
-        raise InvalidInput(f"tracker.box_objects: got {len(owners)}, expected one per box. Say which object each box belongs to.")
-    num_objects = max(texts, int(owners.max()) + 1 if len(owners) else 0)
-    if not num_objects:
-        raise InvalidInput("tracker: got no objects with START, expected text_embeddings or boxes. Say what to track.")
-    bare = sorted(set(range(texts, num_objects)) - set(owners.tolist()))
-    if bare:
-        raise InvalidInput(f"tracker.box_objects: got none for object {bare[0]}, expected text or a box for each. Number objects from 0.")
-    return num_objects
+def plan(frame: int, state: TrackState, edits: Edits) -> list[Target]:
+    """The objects of a frame after its edits: a prompt starts its object anew, at its old place (ADR 0014); raises InvalidInput."""
+    unknown = edits.removed - set(state.banks)
+    if unknown:
+        raise InvalidInput(f"tracker.removed_objects: got {min(unknown)}, expected one of {list(state.banks)}. Remove what is tracked.")
+    both = edits.removed & set(edits.started)
+    if both:
+        raise InvalidInput(f"tracker.removed_objects: got {min(both)}, which the request also starts. A prompt starts it anew by itself.")
+    kept = {} if edits.reset else {id: bank for id, bank in state.banks.items() if id not in edits.removed}
+    continued = {id: Target(frame, id, bank=bank) for id, bank in kept.items()}
+    return list((continued | {id: Target(frame, id, start=prompt) for id, prompt in edits.started.items()}).values())
 
 
-def object_frames(frames: list[Frame]) -> Array:
-    """[O] int64: frame of each object, objects of a frame together."""
-    return np.repeat(np.array([frame.index for frame in frames], np.int64), [frame.num_objects for frame in frames])
+def chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
+    """The objects that share calls: those that start, or have equally many maps, in powers of two. Calls come in few shapes, and who else
+    is in the step does not change an object's.
+    """
+    groups: dict[int, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.bank.num_maps if target.bank else 0, []).append(target)
+    for group in groups.values():
+        yield from buckets(group)
 
 
-def split(objects: Array, frames: list[Frame]) -> list[Array]:
-    """The rows of each frame's objects."""
-    return np.split(objects, np.cumsum([frame.num_objects for frame in frames])[:-1])
-
-
-def split_all(objects: Arrays, frames: list[Frame]) -> list[Arrays]:
-    """`split` of every tensor."""
-    parts = {name: split(array, frames) for name, array in objects.items()}
-    return [{name: part[index] for name, part in parts.items()} for index in range(len(frames))]
+def buckets(entries: list[Any]) -> Iterator[list[Any]]:
+    """Pieces of 16, 8, 4, 2 and 1: a step pays for no padding."""
+    start = 0
+    while start < len(entries):
+        size = min(settings.MAX_OBJECT_BATCH, 1 << (len(entries) - start).bit_length() - 1)
+        yield entries[start : start + size]
+        start += size
 
 
 def scatter(state: Arrays, update: Arrays, chosen: list[int], num_objects: int) -> Arrays:
@@ -228,13 +433,3 @@ def scatter(state: Arrays, update: Arrays, chosen: list[int], num_objects: int) 
     for name, array in update.items():
         state[name][chosen] = array
     return state
-
-
-def pad_slots(bank: Array, slots: int) -> Array:
-    """[O, M, ...] to [O, slots, ...]; the padding is masked out by the caller."""
-    return np.pad(bank, [(0, 0), (0, slots - bank.shape[1]), *[(0, 0)] * (bank.ndim - 2)])
-
-
-def pad_absent(rows: Array, slots: int) -> Array:
-    """[M] to [slots] with -1, which masks out a slot."""
-    return np.pad(rows, (0, slots - len(rows)), constant_values=-1)

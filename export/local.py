@@ -8,12 +8,12 @@ from typing import Any
 
 from ensemble.generation import Decoder, LanguageModel
 from ensemble.pipeline import Pipeline
-from ensemble.runner import Graph, LocalRunner
+from ensemble.runner import Device, Graph, Host, LocalRunner
 from ensemble.tokenizer import Tokenizer
 from ensemble.tracker import Tracker
 
 from .checkpoints import Checkpoint
-from .runners import TorchDecoder, TorchGraph, open_decoder, open_graph
+from .runners import TorchDecoder, TorchDevice, TorchGraph, open_decoder, open_graph
 from .to_onnx import onnx_from_torch
 
 
@@ -21,7 +21,7 @@ def torch_pipeline(checkpoint: Checkpoint) -> Pipeline:
     """The component `sparrow` over torch modules in eager mode."""
     graphs = {name: TorchGraph(checkpoint.build(name), name) for name in checkpoint.components if name != "language_decoder"}
     decoder: Any = checkpoint.build("language_decoder")
-    return pipeline(checkpoint, graphs, TorchDecoder(decoder, graphs["token_embedder"], graphs["prompt_projector"]))
+    return pipeline(checkpoint, graphs, TorchDecoder(decoder, graphs["token_embedder"], graphs["prompt_projector"]), TorchDevice())
 
 
 def onnx_pipeline(checkpoint: Checkpoint, folder: Path) -> Pipeline:
@@ -30,12 +30,12 @@ def onnx_pipeline(checkpoint: Checkpoint, folder: Path) -> Pipeline:
         if not (folder / f"{name}.onnx").exists():
             onnx_from_torch(checkpoint.build(name), name, folder / f"{name}.onnx")
     graphs = {name: open_graph({}, folder, name, checkpoint.config) for name in checkpoint.components}
-    return pipeline(checkpoint, graphs, open_decoder({}, folder, checkpoint.config))
+    return pipeline(checkpoint, graphs, open_decoder({}, folder, checkpoint.config), Host())
 
 
-def pipeline(checkpoint: Checkpoint, graphs: Mapping[str, Graph], decoder: Decoder) -> Pipeline:
-    """The component `sparrow` over any graphs."""
+def pipeline(checkpoint: Checkpoint, graphs: Mapping[str, Graph], decoder: Decoder, device: Device) -> Pipeline:
+    """The component `sparrow` over any graphs, those of the tracker on their device."""
     runner = LocalRunner(graphs)
     runner.stateful["language_model"] = LanguageModel(checkpoint.config, decoder)
-    runner.stateful["tracker"] = Tracker(checkpoint.config, runner)
+    runner.stateful["tracker"] = Tracker(checkpoint.config, graphs, device)
     return Pipeline(checkpoint.config, Tokenizer(checkpoint.path("sparrow")), runner)

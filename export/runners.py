@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from ensemble import settings
 from ensemble.components import components
 from ensemble.config import ModelConfig
 from ensemble.generation import Decoder
-from ensemble.runner import Graph
+from ensemble.runner import Device, Graph, Host
 from ensemble.tensors import Array, Arrays
 
 from .quantize import quantize
@@ -52,6 +52,11 @@ class Engine:
     engine_kind: str = "onnx"
     precision: str = "float32"
     quantization: str = "none"
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> Engine:
+        """The fields among the parameters of a config.pbtxt."""
+        return cls(**{entry.name: parameters[entry.name] for entry in fields(cls) if entry.name in parameters})
 
     def __post_init__(self) -> None:
         known = (("engine_kind", ENGINE_SUFFIX), ("precision", PRECISIONS), ("quantization", QUANTIZATION_BITS))
@@ -91,6 +96,56 @@ def torch_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class TorchDevice:
+    """This process's GPU, or the CPU: a `Device` whose arrays are tensors."""
+
+    def __init__(self) -> None:
+        self.name = torch_device()
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Tensor:
+        import torch
+
+        return torch.zeros(*shape, dtype=getattr(torch, dtype), device=self.name)
+
+    def itemsize(self, dtype: str) -> int:
+        import torch
+
+        return int(getattr(torch, dtype).itemsize)
+
+    def put(self, array: Array | Tensor) -> Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.name) if isinstance(array, np.ndarray) else array
+
+    def stack(self, arrays: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        return torch.stack(list(arrays)).float()
+
+    def run(self, graph: Graph, inputs: Mapping[str, Array | Tensor]) -> dict[str, Tensor]:
+        assert isinstance(graph, TorchGraph)
+        return graph.run_tensors({name: self.put(array) for name, array in inputs.items()})
+
+    def host(self, array: Array | Tensor) -> Array:
+        """Floats as float32, whatever they were computed in."""
+        if isinstance(array, np.ndarray):
+            return array
+        return np.asarray((array.float() if array.is_floating_point() else array).cpu().numpy())
+
+    @contextmanager
+    def timed(self) -> Iterator[Callable[[], float]]:
+        import torch
+
+        if self.name == "cpu":
+            with Host().timed() as elapsed:
+                yield elapsed
+            return
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        yield lambda: start.elapsed_time(stop) / 1000
+        stop.record()
+
+
 class TorchPlace:
     """A module on this process's device, with the products of a precision.
 
@@ -102,28 +157,19 @@ class TorchPlace:
     def __init__(self, module: nn.Module, precision: str) -> None:
         import torch
 
-        self.device = torch_device()
+        self.device = TorchDevice()
         self.dtype: torch.dtype = getattr(torch, precision)
-        self.module = module.to(self.device)
+        self.module = module.to(self.device.name)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
         """What forward passes run in; as the original, half weights under autocast (spec 12.3)."""
         import torch
 
-        with torch.inference_mode(), torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.inference_mode(), torch.autocast(self.device.name, self.dtype, enabled=self.dtype != torch.float32):
             yield
-        if self.device == "cuda" and torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > IDLE_CACHE_BYTES:
+        if self.device.name == "cuda" and torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > IDLE_CACHE_BYTES:
             torch.cuda.empty_cache()
-
-    def tensor(self, array: Array) -> Tensor:
-        import torch
-
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-
-    def array(self, tensor: Tensor) -> Array:
-        """Floats as float32, whatever they were computed in."""
-        return np.asarray((tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy())
 
 
 class TorchGraph:
@@ -142,10 +188,16 @@ class TorchGraph:
         self._outputs = [spec.name for spec in contract.outputs]
 
     def run(self, inputs: Arrays) -> Arrays:
+        device = self._place.device
+        return {name: device.host(tensor) for name, tensor in device.run(self, inputs).items()}
+
+    def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs and outputs on the device; floats as float32."""
         with self._place.inference():
-            outputs = self._place.module(*(self._place.tensor(inputs[name]) for name in self._inputs))
+            outputs = self._place.module(*(inputs[name] for name in self._inputs))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return {name: self._place.array(tensor) for name, tensor in zip(self._outputs, outputs, strict=True)}
+        tensors = zip(self._outputs, outputs, strict=True)
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
 
 
 class DecoderEnds:
@@ -258,39 +310,52 @@ class TorchDecoder(DecoderEnds):
 
         language = self._decoder.config.language
         shape = (language.layers, slots, language.heads, positions, language.width // language.heads)
-        return torch.zeros(shape, dtype=self._place.dtype, device=self._place.device)
+        return torch.zeros(shape, dtype=self._place.dtype, device=self._place.device.name)
 
     def _append(self, first: int, embeddings: Array, positions: Array) -> tuple[Array, Array]:
         """New tokens [n, S, H] at their positions [n, S] in the slots from `first` on."""
         rows, used = slice(first, first + len(embeddings)), int(positions.max()) + 1
-        tensors = self._place.tensor(embeddings), self._place.tensor(positions)
+        tensors = self._place.device.put(embeddings), self._place.device.put(positions)
         with self._place.inference():
             logits, states = self._decoder.decode_(*tensors, self._keys[:, rows, :, :used], self._values[:, rows, :, :used])
-        return self._place.array(logits), self._place.array(states)
+        return self._place.device.host(logits), self._place.device.host(states)
 
 
-def open_graph(fields: Mapping[str, str], folder: Path, component: str, config: ModelConfig) -> Graph:
+def open_graph(parameters: Mapping[str, str], folder: Path, component: str, config: ModelConfig) -> Graph:
     """A component's graph.
 
     Args:
-        fields: of `Engine`.
+        parameters: of its config.pbtxt.
         folder: holds `<component><suffix>`.
     Raises:
         FileNotFoundError: it was not exported; says how to.
     """
-    engine = Engine(**fields)
+    engine = Engine.from_parameters(parameters)
     path = engine_path(engine, folder, component)
     if engine.engine_kind == "onnx":
         return OnnxGraph(path)
     return TorchGraph(load_module(path, component, config), component, engine.precision)
 
 
-def open_decoder(fields: Mapping[str, str], folder: Path, config: ModelConfig) -> Decoder:
+def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str], config: ModelConfig) -> dict[str, Graph]:
+    """Several components' graphs, as `open_graph`, each run once so that the first request need not wait for it."""
+    graphs = {name: open_graph(parameters, folder, name, config) for name in names}
+    for name, graph in graphs.items():
+        graph.run(components(config)[name].sample(seed=0))
+    return graphs
+
+
+def open_device(parameters: Mapping[str, str]) -> Device:
+    """Where the graphs of an `Engine` take and leave their arrays."""
+    return TorchDevice() if Engine.from_parameters(parameters).engine_kind == "torch" else Host()
+
+
+def open_decoder(parameters: Mapping[str, str], folder: Path, config: ModelConfig) -> Decoder:
     """The language model, from a folder that holds its three graphs; as `open_graph`."""
-    engine = Engine(**fields)
-    embedder, projector = (open_graph(fields, folder, name, config) for name in ("token_embedder", "prompt_projector"))
+    engine = Engine.from_parameters(parameters)
+    embedder, projector = (open_graph(parameters, folder, name, config) for name in ("token_embedder", "prompt_projector"))
     if engine.engine_kind == "onnx":
-        return GraphDecoder(open_graph(fields, folder, "language_decoder", config), embedder, projector, config)
+        return GraphDecoder(open_graph(parameters, folder, "language_decoder", config), embedder, projector, config)
     module: Any = load_module(engine_path(engine, folder, "language_decoder"), "language_decoder", config)
     if bits := QUANTIZATION_BITS[engine.quantization]:
         quantize(module, bits, torch_device())

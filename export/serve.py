@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import IO
 
-STOP_TIMEOUT_S = 20
+STOP_TIMEOUT_S = 10
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that a child gets when its parent dies."""

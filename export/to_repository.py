@@ -16,6 +16,7 @@ from ensemble.components import components
 from ensemble.config import ModelConfig
 from ensemble.options import Options, values
 from ensemble.tensors import Component, Dim, TensorSpec
+from ensemble.tracker import Limits
 
 from .runners import ENGINE_SUFFIX, Engine, save_module
 
@@ -32,9 +33,9 @@ EXPORTS_AT_ONCE = 2
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json")
 
-IDLE_S = {"language_model": settings.GENERATION_IDLE_S, "tracker": settings.SESSION_IDLE_S}
+IDLE_S = {"language_model": settings.GENERATION_IDLE_S, "tracker": settings.TRITON_IDLE_S}
 BATCH = {"language_model": settings.MAX_GENERATIONS, "tracker": settings.MAX_FRAME_BATCH}
-CANDIDATES = {"language_model": settings.MAX_GENERATIONS, "tracker": 16 * settings.MAX_SESSIONS}
+CANDIDATES = {"language_model": settings.MAX_GENERATIONS, "tracker": settings.TRITON_SEQUENCES}
 """Sequences that Triton lets in: answers beyond the cache's slots wait; surplus tracking sessions get in and are refused with a
 message by the tracker itself."""
 
@@ -71,13 +72,17 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
         return {**fields, "max_batch_size": settings.MAX_FRAME_BATCH, "platform": "ensemble", "ensemble_scheduling": {"step": steps}}
 
     fields["backend"] = "python"
-    if not graph.parts(contracts, model.name):  # NumPy alone: a GPU would only cost it memory
+    parameters: dict[str, str | int] = {}
+    if graph.parts(contracts, model.name):
+        parameters |= asdict(engine_of(model.name, engine))
+    else:  # NumPy alone: a GPU would only cost it memory
         fields["instance_group"] = [{"kind": "KIND_CPU"}]
-    else:
-        fields["parameters"] = {name: {"string_value": value} for name, value in asdict(engine_of(model.name, engine)).items()}
-    if model.is_graph:
-        fields["model_warmup"] = [warmup_fields(model, batched)]
+    if model.name == "tracker":
+        parameters |= asdict(Limits())
+    if parameters:
+        fields["parameters"] = {name: {"string_value": str(value)} for name, value in parameters.items()}
     if batched:
+        fields["model_warmup"] = [warmup_fields(model)]
         fields["max_batch_size"] = leading(model.inputs[0]).max
         fields["dynamic_batching"] = {"max_queue_delay_microseconds": settings.BATCH_DELAY_US}
     if model.serving == "function":
@@ -117,13 +122,13 @@ def input_fields(spec: TensorSpec, batched: bool, ragged: bool) -> dict[str, Any
     return fields
 
 
-def warmup_fields(model: Component, batched: bool) -> dict[str, Any]:
+def warmup_fields(model: Component) -> dict[str, Any]:
     """One request of zeros at the sizes that engines are tuned for."""
     inputs = {}
     for spec in model.inputs:
-        dims = [size.opt if isinstance(size, Dim) else size for size in spec.shape]
-        inputs[spec.name] = {"data_type": spec.triton_dtype, "dims": dims[1:] if batched else dims, "zero_data": True}
-    return {"name": "zeros", "batch_size": int(batched), "inputs": inputs}
+        dims = [size.opt if isinstance(size, Dim) else size for size in spec.shape[1:]]
+        inputs[spec.name] = {"data_type": spec.triton_dtype, "dims": dims, "zero_data": True}
+    return {"name": "zeros", "batch_size": 1, "inputs": inputs}
 
 
 def ensemble_step(step: Component, inputs: list[TensorSpec]) -> dict[str, Any]:
@@ -166,12 +171,15 @@ def repository_from_checkpoint(checkpoint: Checkpoint, folder: Path, progress: C
         for name in TOKENIZER_FILES:
             shutil.copyfile(checkpoint.path("sparrow") / name, folder / "sparrow" / "1" / name)
 
+    users: dict[str, list[str]] = {}
+    for model in graph.served(contracts):
+        for part in graph.parts(contracts, model.name):
+            users.setdefault(part.name, []).append(model.name)
     # A new interpreter each, since torch does not survive a fork.
     with ProcessPoolExecutor(EXPORTS_AT_ONCE, multiprocessing.get_context("spawn")) as pool:
         jobs = {
-            pool.submit(export_graph, checkpoint.root, part.name, engine_of(model.name, engine), folder / model.name / "1"): part.name
-            for model in graph.served(contracts)
-            for part in graph.parts(contracts, model.name)
+            pool.submit(export_graph, checkpoint.root, part, engine_of(models[0], engine), [folder / model / "1" for model in models]): part
+            for part, models in users.items()
         }
         try:
             for job in as_completed(jobs):
@@ -190,16 +198,22 @@ def opened(root: Path) -> Checkpoint:
     return Checkpoint(root)
 
 
-def export_graph(root: Path, component: str, engine: Engine, folder: Path) -> None:
-    """Writes the graph of one component of the checkpoint at `root` into `folder`; a job of an exporting process."""
+def export_graph(root: Path, component: str, engine: Engine, folders: list[Path]) -> None:
+    """Writes the graph of one component of the checkpoint at `root` into the folder of each model that runs it; a job of an exporting
+    process.
+    """
     from .to_onnx import onnx_from_torch
 
     module = opened(root).build(component)
-    path = folder / f"{component}{ENGINE_SUFFIX[engine.engine_kind]}"
+    first, *others = folders
+    name = f"{component}{ENGINE_SUFFIX[engine.engine_kind]}"
     if engine.engine_kind == "onnx":
-        onnx_from_torch(module, component, path)
+        onnx_from_torch(module, component, first / name)
     else:
-        save_module(module, path, engine.precision)
+        save_module(module, first / name, engine.precision)
+    for folder in others:
+        for file in first.glob(f"{name}*"):  # large weights lie in a file beside the graph
+            shutil.copyfile(file, folder / file.name)
 
 
 def tensor_table(model: Component) -> str:

@@ -22,6 +22,7 @@ MODULES = {
     "proposal_detector": "proposal_detector:ProposalDetector",
     "proposal_selector": "proposal_selector:ProposalSelector",
     "frame_encoder": "frame_encoder:FrameEncoder",
+    "mask_downsampler": "mask_downsampler:MaskDownsampler",
     "memory_attention": "memory_attention:MemoryAttention",
     "mask_decoder": "mask_decoder:MaskDecoder",
     "memory_encoder": "memory_encoder:MemoryEncoder",

@@ -49,14 +49,16 @@ class MemoryEncoder(Graph):
         """Contract `memory_encoder`: memory_maps."""
         sam2 = self.config.sam2
         size = (sam2.image_size, sam2.image_size)
-        logits = F.interpolate(mask_logits[:, None], size, mode="bilinear")  # [O, 4 g, 4 g] -> [O, 1, S, S]
+        present = object_scores[:, None, None, None] > 0
+        gated = torch.where(present, mask_logits[:, None], settings.NO_OBJECT_LOGIT)
+        logits = F.interpolate(gated, size, mode="bilinear")  # [O, 4 g, 4 g] -> [O, 1, S, S]
         mask = torch.where(prompted[:, None, None, None], (logits > 0).float(), logits.sigmoid())
         mask = mask * settings.MEMORY_MASK_SCALE + settings.MEMORY_MASK_BIAS
         frames = self.pix_feat_proj(frame_embeddings)[object_frame]  # [T, C, g, g] -> [O, C, g, g]
         maps: Tensor = self.out_proj(self.fuser(frames + self.mask_downsampler(mask)))  # -> [O, memory_width, g, g]
         if sam2.absent_embedding:
             absent = maps + self.no_obj_embed_spatial[:, :, None, None]
-            maps = torch.where(object_scores[:, None, None, None] > 0, maps, absent)
+            maps = torch.where(present, maps, absent)
         return maps.to(torch.bfloat16).float()
 
 

@@ -1,1 +1,6 @@
-from ensemble.backend import StreamModel as TritonPythonModel  # noqa: F401 (the class that Triton looks for)
+from ensemble.backend import StreamModel
+from export.runners import open_graphs
+
+
+class TritonPythonModel(StreamModel):
+    open_graphs = staticmethod(open_graphs)

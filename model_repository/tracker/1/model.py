@@ -1,8 +1,20 @@
-from ensemble.backend import BlsRunner, SequenceModel
-from ensemble.tracker import Tracker
+from ensemble.backend import SequenceModel, TritonMetrics
+from ensemble.components import components
+from ensemble.metrics import TRACK_METRICS
+from ensemble.tracker import Limits, Tracker
+from export.runners import open_device, open_graphs
 
 
 class TritonPythonModel(SequenceModel):
-    def initialize(self, args: dict[str, str]) -> None:
-        super().initialize(args)
-        self.server = Tracker(self.config, BlsRunner(self.config))
+    server: Tracker
+
+    def open_server(self) -> Tracker:
+        self.endpoint = TritonMetrics(TRACK_METRICS)
+        graphs = open_graphs(self.settings, self.folder, components(self.config)["tracker"].parts, self.config)
+        return Tracker(self.config, graphs, open_device(self.settings), Limits.from_parameters(self.settings))
+
+    def sweep(self) -> None:
+        super().sweep()
+        with self.lock:
+            taken = self.server.metrics.take()
+        self.endpoint.pass_on(taken)
