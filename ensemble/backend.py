@@ -263,7 +263,10 @@ class TritonMetrics:
 
     def __init__(self, families: Sequence[Metric]) -> None:
         # Families live as long as somebody holds them.
-        self._families = {metric: pb_utils.MetricFamily(metric.name, metric.doc, getattr(pb_utils.MetricFamily, metric.kind.upper())) for metric in families}
+        self._families = {
+            metric: pb_utils.MetricFamily(metric.name, metric.doc, getattr(pb_utils.MetricFamily, metric.kind.upper()))
+            for metric in families
+        }
         self._figures = {(metric, value): self._figure(metric, value) for metric in families for value in metric.values}
 
     def _figure(self, metric: Metric, value: str) -> Any:

@@ -43,16 +43,12 @@ def ensemble_steps(components: Mapping[str, Component], name: str) -> list[tuple
 
 
 def mermaid(components: Mapping[str, Component]) -> str:
-    """The Triton models with the graphs in them and the calls between them, as a mermaid flowchart; public models are stadium-shaped."""
+    """The Triton models, the graphs in the process of each, and the calls between them, as a mermaid flowchart."""
     lines = ["flowchart LR"]
     for model in served(components):
-        node = f"{model.name}([{model.name}])" if model.name in PUBLIC else f"{model.name}[{model.name}]"
-        if model.parts:
-            inside = [f"        {model.name}.{part}[{part}]" for part in model.parts]
-            lines += [f"    subgraph {model.name}_process[process of {model.name}]", f"        {node}", *inside, "    end"]
-            lines += [f"    {model.name} --- {model.name}.{part}" for part in model.parts]
-        else:
-            lines.append(f"    {node}")
+        name = f"{model.name}, public" if model.name in PUBLIC else model.name
+        parts = [f"        {model.name}.{part}[{part}]" for part in model.parts]
+        lines += [f'    subgraph {model.name} ["{name}"]', *parts, "    end"] if parts else [f'    {model.name}["{name}"]']
     for model in served(components):
         lines += [f"    {model.name} --> {call}" for call in model.calls]
     return "\n".join(lines)

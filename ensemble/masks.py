@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import cv2
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
 from . import settings
-from .errors import InvalidInput
 from .tensors import Array, Arrays
 
 MASK_FORMATS = ("rle", "bits", "logits")
@@ -33,38 +29,27 @@ def prior_masks(logits: Array, height: int, width: int, side: int) -> Array:
     return resize(binary_masks(logits, height, width).astype(np.float32), side, side) > 0.5
 
 
-def mask_format(parameters: Mapping[str, Any]) -> str:
-    """The format that a request asks for, rle where it does not say; raises InvalidInput when it is not one of MASK_FORMATS."""
-    asked: str = parameters.get("mask_format", "rle")
-    if asked not in MASK_FORMATS:
-        raise InvalidInput(f"mask_format: got {asked!r}, expected one of {', '.join(MASK_FORMATS)}.")
-    return asked
-
-
-def respond(logits: Array, scores: Arrays, size: tuple[int, int], parameters: Mapping[str, Any]) -> Arrays:
+def respond(logits: Array, scores: Arrays, size: tuple[int, int], mask_format: str) -> Arrays:
     """The mask tensors of a response.
 
     Args:
         logits: [N, L, L] float32.
         scores: holds predicted_iou and object_scores, [N] float32 each.
         size: height and width of the frame.
-        parameters: of the request; see `mask_format`.
+        mask_format: one of MASK_FORMATS.
     Returns:
         `mask_rle`, `mask_bits` and `mask_logits`, of which those that were not asked for hold no masks (an ensemble has to return all its
         outputs); what the contract lists behind them.
-    Raises:
-        InvalidInput: another mask_format.
     """
-    asked = mask_format(parameters)
     masks = binary_masks(logits, *size)
-    counts = np.empty(len(masks) if asked == "rle" else 0, object)
+    counts = np.empty(len(masks) if mask_format == "rle" else 0, object)
     counts[:] = [coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"] for mask in masks[: len(counts)]]
-    bits = np.packbits(masks.reshape(len(masks), size[0] * size[1]), axis=1) if asked == "bits" else np.zeros((0, 0), np.uint8)
+    bits = np.packbits(masks.reshape(len(masks), size[0] * size[1]), axis=1) if mask_format == "bits" else np.zeros((0, 0), np.uint8)
     areas = masks.sum((1, 2), dtype=np.int32)
     return {
         "mask_rle": counts,
         "mask_bits": bits,
-        "mask_logits": logits if asked == "logits" else logits[:0],
+        "mask_logits": logits if mask_format == "logits" else logits[:0],
         "mask_boxes": tight_boxes(masks),
         "mask_areas": areas,
         "predicted_iou": scores["predicted_iou"],

@@ -1,9 +1,9 @@
-"""Options of a `sparrow` request: Triton request parameters, all optional, checked before any work starts."""
+"""Options of a request: Triton request parameters, all optional, checked before any work starts."""
 
 from __future__ import annotations
 
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from . import settings
 from .components import PROPOSALS
@@ -17,16 +17,31 @@ def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float 
     return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
 
 
+class RequestOptions:
+    """A dataclass of the parameters that a model takes."""
+
+    @classmethod
+    def from_parameters(cls, parameters: Parameters, model: str) -> Self:
+        """Raises InvalidInput on an unknown option or a value out of range."""
+        known = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
+        for name, value in parameters.items():
+            if name not in known:
+                raise InvalidInput(f"{model}: got an option {name!r}, expected one of {', '.join(known)}. Remove it.")
+            if not is_sound(known[name], value):
+                raise InvalidInput(f"{model}: got {name} = {value!r}, expected {values(known[name])}.")
+        return cls(**parameters)
+
+
 @dataclass(frozen=True)
-class Options:
-    """What a request may change (spec 9); the defaults are those of the original's chat.py, decoding apart (ADR 0002)."""
+class Options(RequestOptions):
+    """What a request of `sparrow` may change (spec 9); the defaults are those of the original's chat.py, decoding apart (ADR 0002)."""
 
     modality: str = option("auto", "auto: one frame is an image, more are a video", choices=("auto", "video", "image"))
     branch: str = option(
         "tracked", "how masks of a video follow an object; an image is always framewise", choices=("tracked", "framewise", "both")
     )
     video_init: str = option("text_then_boxes", "what conditions the tracker on frame 0", choices=("text_then_boxes", "text_only"))
-    mask_format: str = option("rle", "which of mask_rle and mask_bits is filled", choices=MASK_FORMATS)
+    mask_format: str = option("rle", "which of mask_rle, mask_bits and mask_logits is filled", choices=MASK_FORMATS)
 
     max_new_tokens: int = option(settings.MAX_NEW_TOKENS, "longest answer", low=1, high=settings.MAX_NEW_TOKENS)
     do_sample: bool = option(False, "draw tokens at random instead of taking the likeliest")
@@ -51,16 +66,14 @@ class Options:
     box_prior_max_keep: int = option(settings.BOX_PRIOR_MAX_KEEP, "boxes that it keeps", low=1, high=settings.MAX_SELECTED_BOXES)
     proposal_debug: bool = option(False, "also return the proposals and the picture that they were found in")
 
-    @classmethod
-    def from_parameters(cls, parameters: Parameters) -> Options:
-        """Raises InvalidInput on an unknown option or a value out of range."""
-        known = {entry.name: entry for entry in fields(cls)}
-        for name, value in parameters.items():
-            if name not in known:
-                raise InvalidInput(f"sparrow: got an option {name!r}, expected one of {', '.join(known)}. Remove it.")
-            if not is_sound(known[name], value):
-                raise InvalidInput(f"sparrow: got {name} = {value!r}, expected {values(known[name])}.")
-        return cls(**parameters)
+
+@dataclass(frozen=True)
+class TrackOptions(RequestOptions):
+    """What a request of `sparrow_track` may change."""
+
+    mask_format: str = option("rle", "which of mask_rle, mask_bits and mask_logits is filled", choices=MASK_FORMATS)
+    frame_idx: int = option(-1, "index of the frame in its session, refused where another is due; -1: not checked", low=-1, high=2**31 - 1)
+    reset: bool = option(False, "forget the objects so far; those that the request itself prompts start")
 
 
 def is_sound(entry: Field[Any], value: Any) -> bool:

@@ -143,7 +143,7 @@ class Pipeline:
         Raises:
             SparrowError: the request is refused or a component failed.
         """
-        options = self._resolve(Options.from_parameters(parameters))
+        options = self._resolve(Options.from_parameters(parameters, "sparrow"))
         timings = Timings()
         with timings.stage("total"):
             with timings.stage("preprocess"):
@@ -293,7 +293,7 @@ class Pipeline:
         def decode(frame: Arrays) -> Arrays:
             decoded = self._decode(frame, prompts)
             best = {name: np.maximum.reduceat(decoded[name], starts) for name in ("mask_logits", "predicted_iou", "object_scores")}
-            return masks.respond(best["mask_logits"], best, clip.size, {"mask_format": options.mask_format})
+            return masks.respond(best["mask_logits"], best, clip.size, options.mask_format)
 
         yield decode
 

@@ -21,16 +21,13 @@ from .config import ModelConfig
 from .decoding import TRACKED, Prompt, decode_masks, gate, gated
 from .errors import Cancelled, CapacityExceeded, InvalidInput, SparrowError
 from .memory import MemoryBank, bank_bytes
+from .options import TrackOptions
 from .prompts import Edits, ObjectPrompt, read_edits
 from .runner import Device, DeviceArray, Graph, Host, SequenceRequest
 from .sessions import SessionStore
 from .tensors import Array, Arrays
 
 FRAME_TENSORS = ("frame_embeddings", "high_res_1", "high_res_0")
-
-FRAME_IDX, RESET = "frame_idx", "reset"
-"""Request parameters: the index of the frame in its session, from 0, where the caller wants it checked; whether the objects so far are
-forgotten before the request's own prompts start theirs."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,7 @@ class Frame:
     request: SequenceRequest
     state: TrackState
     targets: list[Target]
+    options: TrackOptions
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ class Tracker:
             try:
                 frame = self._admit(request, len(frames), opened)
                 if frame is None:
-                    results[position] = self._respond([], TrackState((1, 1)), request)
+                    results[position] = self._respond([], TrackState((1, 1)), TrackOptions())
                 else:
                     frames[position] = frame
             except SparrowError as error:
@@ -198,14 +196,14 @@ class Tracker:
         if request.cancelled:
             raise Cancelled("tracker: the request was cancelled before its turn. The session is as it was.")
         self._contract.check_inputs(request.inputs)
-        masks.mask_format(request.parameters)  # here, so that a wrong one fails alone
+        options = TrackOptions.from_parameters(request.parameters, "tracker")
         height, width = request.inputs["frame_size"].tolist()
         if not height * width:
             return None
         missing = [name for name in FRAME_TENSORS if name not in request.inputs]
         if missing:
             raise InvalidInput(f"tracker.{missing[0]}: got nothing, expected the features of a frame. Add them to the request.")
-        edits = read_edits(request.inputs, bool(request.parameters.get(RESET, False)), (height, width))
+        edits = read_edits(request.inputs, options.reset, (height, width))
         if request.start:
             if not edits.started:
                 raise InvalidInput(
@@ -215,20 +213,19 @@ class Tracker:
             opened.add(request.session_id)
         else:
             state = self.sessions.get(request.session_id)
-        self._check_frame(request, state, (height, width))
+        self._check_frame(state, (height, width), options.frame_idx)
         targets = plan(index, state, edits)
         self._reserve(request.session_id, state, len(targets))
-        return Frame(request, state, targets)
+        return Frame(request, state, targets, options)
 
-    def _check_frame(self, request: SequenceRequest, state: TrackState, size: tuple[int, int]) -> None:
+    def _check_frame(self, state: TrackState, size: tuple[int, int], frame_idx: int) -> None:
         """Raises InvalidInput for a frame of another size, or one that is not due."""
         if size != state.size:
             got, expected = ("x".join(map(str, pixels)) for pixels in (size, state.size))
             raise InvalidInput(
                 f"tracker: got a frame of {got} px, expected {expected} px as the session's first. Resize it, or open another session."
             )
-        frame_idx = request.parameters.get(FRAME_IDX, state.frame_idx)
-        if frame_idx != state.frame_idx:
+        if frame_idx not in (-1, state.frame_idx):
             raise InvalidInput(f"tracker: got frame {frame_idx}, expected frame {state.frame_idx}. Send every frame once and in order.")
 
     def _reserve(self, session_id: int, state: TrackState, num_objects: int) -> None:
@@ -283,7 +280,7 @@ class Tracker:
         with self._stage("respond"):
             for frame in frames:
                 own = [decoded[target.frame, target.object_id] for target in frame.targets]
-                responses.append(self._respond(own, frame.state, frame.request, [target.object_id for target in frame.targets]))
+                responses.append(self._respond(own, frame.state, frame.options, [target.object_id for target in frame.targets]))
         for frame in frames:  # from here on nothing can fail
             banks = {}
             for target in frame.targets:
@@ -379,7 +376,7 @@ class Tracker:
             yield
         self._elapsed.append((name, elapsed))
 
-    def _respond(self, decoded: list[Decoded], state: TrackState, request: SequenceRequest, object_ids: Sequence[int] = ()) -> Arrays:
+    def _respond(self, decoded: list[Decoded], state: TrackState, options: TrackOptions, object_ids: Sequence[int] = ()) -> Arrays:
         """The outputs of a request: masks at the frame's size and their scores."""
         low_res = self._config.sam2.low_res
         logits = np.stack([one.mask_logits for one in decoded]) if decoded else np.zeros((0, low_res, low_res), np.float32)
@@ -390,7 +387,7 @@ class Tracker:
         return {
             "frame_idx": np.array([state.frame_idx], np.int32),
             "object_ids": np.array(object_ids, np.int32),
-            **masks.respond(logits, scores, state.size, request.parameters),
+            **masks.respond(logits, scores, state.size, options.mask_format),
         }
 
 
