@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from . import settings
 from .components import PROPOSALS
@@ -20,21 +20,25 @@ def option(default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float 
 class RequestOptions:
     """A dataclass of the parameters that a model takes."""
 
+    model: ClassVar[str]
+
     @classmethod
-    def from_parameters(cls, parameters: Parameters, model: str) -> Self:
+    def from_parameters(cls, parameters: Parameters) -> Self:
         """Raises InvalidInput on an unknown option or a value out of range."""
         known = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
         for name, value in parameters.items():
             if name not in known:
-                raise InvalidInput(f"{model}: got an option {name!r}, expected one of {', '.join(known)}. Remove it.")
+                raise InvalidInput(f"{cls.model}: got an option {name!r}, expected one of {', '.join(known)}. Remove it.")
             if not is_sound(known[name], value):
-                raise InvalidInput(f"{model}: got {name} = {value!r}, expected {values(known[name])}.")
+                raise InvalidInput(f"{cls.model}: got {name} = {value!r}, expected {values(known[name])}.")
         return cls(**parameters)
 
 
 @dataclass(frozen=True)
 class Options(RequestOptions):
     """What a request of `sparrow` may change (spec 9); the defaults are those of the original's chat.py, decoding apart (ADR 0002)."""
+
+    model = "sparrow"
 
     modality: str = option("auto", "auto: one frame is an image, more are a video", choices=("auto", "video", "image"))
     branch: str = option(
@@ -70,6 +74,8 @@ class Options(RequestOptions):
 @dataclass(frozen=True)
 class TrackOptions(RequestOptions):
     """What a request of `sparrow_track` may change."""
+
+    model = "tracker"
 
     mask_format: str = option("rle", "which of mask_rle, mask_bits and mask_logits is filled", choices=MASK_FORMATS)
     frame_idx: int = option(-1, "index of the frame in its session, refused where another is due; -1: not checked", low=-1, high=2**31 - 1)

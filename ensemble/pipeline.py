@@ -143,7 +143,7 @@ class Pipeline:
         Raises:
             SparrowError: the request is refused or a component failed.
         """
-        options = self._resolve(Options.from_parameters(parameters, "sparrow"))
+        options = self._resolve(Options.from_parameters(parameters))
         timings = Timings()
         with timings.stage("total"):
             with timings.stage("preprocess"):

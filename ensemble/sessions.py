@@ -74,8 +74,8 @@ class SessionStore(Generic[State]):
         self.expire()
         session = self._sessions.get(session_id)
         if session is None:
-            why = self._obituaries.get(session_id, "never started, or has ended")
-            raise UnknownSession(f"{self.owner}: session {session_id} {why}. Start it with START and its objects.")
+            why = self._obituaries.get(session_id, "it never started, or has ended")
+            raise UnknownSession(f"{self.owner}: session {session_id} is not open: {why}. Start it with START and its objects.")
         session.used_at = self._clock()
         return session.state
 
@@ -91,7 +91,7 @@ class SessionStore(Generic[State]):
     def expire(self) -> None:
         """Closes the sessions that were idle for longer than `idle_s`."""
         for session_id in [id for id in self._sessions if self._idle(id) > self.idle_s]:
-            self._drop(session_id, "expired", f"was closed after {self.idle_s:g} s without a request")
+            self._drop(session_id, "expired", f"it was closed after {self.idle_s:g} s without a request")
 
     def evict(self, keep: int | None = None) -> bool:
         """Closes the session that has been idle the longest, if that is long enough and it is not `keep`; whether there was one."""
@@ -99,7 +99,7 @@ class SessionStore(Generic[State]):
         longest = max(idle, key=idle.__getitem__, default=None)
         if longest is None or idle[longest] <= self.evictable_idle_s:
             return False
-        self._drop(longest, "evicted", f"was closed after {idle[longest]:.0f} s without a request to make room for another")
+        self._drop(longest, "evicted", f"it was closed after {idle[longest]:.0f} s without a request to make room for another")
         return True
 
     def _idle(self, session_id: int) -> float:

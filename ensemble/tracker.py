@@ -196,7 +196,7 @@ class Tracker:
         if request.cancelled:
             raise Cancelled("tracker: the request was cancelled before its turn. The session is as it was.")
         self._contract.check_inputs(request.inputs)
-        options = TrackOptions.from_parameters(request.parameters, "tracker")
+        options = TrackOptions.from_parameters(request.parameters)
         height, width = request.inputs["frame_size"].tolist()
         if not height * width:
             return None

@@ -632,7 +632,7 @@ def sam2_file(original, path, **more):
     torch.save({"model": renamed | more}, path)
 
 
-TRACKING = ("frame_encoder", "memory_attention", "mask_decoder", "memory_encoder")
+TRACKING = ("frame_encoder", "mask_downsampler", "memory_attention", "mask_decoder", "memory_encoder")
 
 
 def test_sam2_file_tracks_without_language_model(original, tmp_path):

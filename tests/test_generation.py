@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from ensemble import settings
 from ensemble.components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER, components
 from ensemble.config import TINY
-from ensemble.errors import CapacityExceeded, InvalidInput, UnknownSession
+from ensemble.errors import Cancelled, CapacityExceeded, ComponentFailed, InvalidInput, UnknownSession
 from ensemble.generation import LanguageModel
 from ensemble.pipeline import Answer
 from ensemble.runner import CLOSING, SequenceRequest
@@ -204,13 +205,14 @@ def test_slots_are_used_again_after_end():
     assert result["token_ids"].tolist() == STORIES[1][1:]
 
 
-def test_session_that_starts_again_begins_a_new_answer():
+def test_second_start_is_refused_and_the_answer_goes_on():
     model, decoder = language_model()
-    model.step([start(1, 3, num_tokens=4)])
-    results = [*model.step([start(1, 0)]), *model.step([more(1, 1000)])]
-    assert joined(results)["token_ids"] == STORIES[0]
-    assert [slot for slot, _ in decoder.prompts] == [0, 0]
-    assert len(model.sessions) == 1
+    first = model.step([start(1, 0)])
+    for refused in (start(1, 3), start(1, prompt_ids=None)):
+        with pytest.raises(InvalidInput):
+            raise model.step([refused])[0]
+    assert joined([*first, *model.step([more(1, 1000)])])["token_ids"] == STORIES[0]
+    assert len(decoder.prompts) == len(model.sessions) == 1
 
 
 def ids(*values):
@@ -253,11 +255,27 @@ def test_bad_request_fails_alone(bad, kind, message):
     assert len(model.sessions) == 2
 
 
-def test_failed_start_frees_the_session_that_it_would_have_replaced():
-    model, _ = language_model()
-    model.step([start(1)])
-    model.step([start(1, prompt_ids=None)])
+def test_failed_start_holds_no_slot(monkeypatch):
+    model, decoder = language_model()
+
+    def fail(slot, embeddings):
+        raise ComponentFailed("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(decoder, "prefill", fail)
+        with pytest.raises(ComponentFailed):
+            raise model.step([start(1)])[0]
     assert len(model.sessions) == 0
+    assert isinstance(model.step([start(1)])[0], dict)
+
+
+def test_cancelled_request_decodes_nothing():
+    model, _ = language_model()
+    model.step([start(1, 0)])
+    cancelled, other = model.step([replace(more(1, 5), cancelled=True), start(2, 1, 3)])
+    assert isinstance(cancelled, Cancelled)
+    assert other["token_ids"].tolist() == STORIES[1][:3]
+    assert model.step([more(1, 1000)])[0]["token_ids"].tolist() == STORIES[0][1:]
 
 
 def test_closing_request_decodes_nothing_and_may_come_late():
@@ -296,7 +314,7 @@ def test_answer_is_dropped_when_idle():
     model.sessions = SessionStore("language_model", settings.MAX_GENERATIONS, settings.GENERATION_IDLE_S, clock=lambda: now)
     model.step([start(1)])
     now = settings.GENERATION_IDLE_S + 1
-    with pytest.raises(UnknownSession, match="was idle for over 30 s"):
+    with pytest.raises(UnknownSession, match="is not open: it was closed after 30 s without a request"):
         raise model.step([more(1)])[0]
 
 

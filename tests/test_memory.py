@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 
 from ensemble import settings
-from ensemble.config import FULL
-from ensemble.memory import MemoryBank, ring_slot, slot_distances, temporal_rows
+from ensemble.config import FULL, TINY
+from ensemble.memory import MemoryBank, bank_bytes, ring_slot, slot_distances, temporal_rows
+from ensemble.runner import Host
+from export.runners import TorchDevice
 
 NUM_MAPS, NUM_POINTERS = FULL.sam2.num_maps, FULL.sam2.num_pointers
 
@@ -51,45 +53,61 @@ def test_slot_distances_equal_a_simulation_that_keeps_every_frame(slots_in_all):
         slots[ring_slot(frame_idx, slots_in_all - 1)] = frame_idx
 
 
-def frame_memory(frame_idx, num_objects=2):
-    """Maps [O, 3, 2, 2] and pointers [O, 5] that tell their frame and object."""
-    value = np.float32(frame_idx) + np.arange(num_objects, dtype=np.float32) / 10
-    return np.broadcast_to(value[:, None, None, None], (num_objects, 3, 2, 2)).copy(), np.broadcast_to(
-        -value[:, None], (num_objects, 5)
-    ).copy()
+def frame_memory(frame_idx):
+    """A map [C, g, g] and a pointer [D] that tell their frame; bfloat16 holds these numbers up to 256."""
+    maps = np.full((TINY.sam2.memory_width, TINY.sam2.grid, TINY.sam2.grid), frame_idx % 256, np.float32)
+    return maps, np.full(TINY.sam2.width, -frame_idx, np.float32)
 
 
-def test_bank_holds_the_conditioning_frame_and_the_latest_frames_of_every_object():
-    bank = MemoryBank(*frame_memory(0), NUM_MAPS)
+DEVICES = {"host": Host(), "torch": TorchDevice()}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return DEVICES[request.param]
+
+
+def new_bank(device):
+    return MemoryBank(TINY.sam2, device, *map(device.put, frame_memory(0)))
+
+
+def test_bank_holds_the_conditioning_frame_and_the_latest_frames(device):
+    bank = new_bank(device)
     for frame_idx in range(1, 1001):
         assert bank.frame_idx == frame_idx
-        assert bank.maps.shape[1] == len(bank.rows) == len(visible_maps(frame_idx))
-        assert bank.pointers.shape[1] == len(visible_pointers(frame_idx))
-        for index in range(2):
-            own = bank.maps[index, :, 0, 0, 0] - np.float32(index / 10)
-            assert dict(zip(own.round(3).tolist(), bank.rows.tolist(), strict=True)) == visible_maps(frame_idx)
-            own = -bank.pointers[index, :, 0] - np.float32(index / 10)
-            assert dict(zip(own.round(3).tolist(), bank.pointer_distances.tolist(), strict=True)) == visible_pointers(frame_idx)
-        bank.append(*frame_memory(frame_idx))
+        held = device.host(bank.maps)[:, 0, 0, 0].tolist()
+        expected = {frame % 256: row for frame, row in visible_maps(frame_idx).items()}
+        assert dict(zip(held, bank.rows.tolist(), strict=True)) == expected
+        distances = bank.pointer_distances
+        assert bank.pointers.shape == (NUM_POINTERS, TINY.sam2.width)
+        held = -device.host(bank.pointers)[:, 0]
+        present = distances >= 0
+        assert dict(zip(held[present].tolist(), distances[present].tolist(), strict=True)) == visible_pointers(frame_idx)
+        bank.append(*map(device.put, frame_memory(frame_idx)))
 
 
-def test_bank_stays_in_the_memory_it_started_with():
-    bank = MemoryBank(*frame_memory(0), NUM_MAPS)
-    maps, pointers = bank.maps, bank.pointers
+def test_bank_stays_in_the_memory_it_started_with(device):
+    bank = new_bank(device)
+    storage = bank._maps, bank._pointers
     for frame_idx in range(1, 100):
-        bank.append(*frame_memory(frame_idx))
-    assert np.shares_memory(maps, bank.maps)
-    assert np.shares_memory(pointers, bank.pointers)
-    assert bank.maps.shape == (2, NUM_MAPS, 3, 2, 2)
-    assert bank.pointers.shape == (2, NUM_POINTERS, 5)
+        bank.append(*map(device.put, frame_memory(frame_idx)))
+    assert bank._maps is storage[0]
+    assert bank._pointers is storage[1]
+    assert sum(int(np.prod(array.shape)) * array.itemsize for array in storage) == bank_bytes(TINY.sam2, device)
 
 
-def test_bank_copies_what_it_is_given():
-    maps, pointers = frame_memory(0)
-    bank = MemoryBank(maps, pointers, NUM_MAPS)
-    later = frame_memory(1)
+def test_bank_copies_what_it_is_given(device):
+    maps, pointer = map(device.put, frame_memory(0))
+    bank = MemoryBank(TINY.sam2, device, maps, pointer)
+    later = [device.put(array) for array in frame_memory(1)]
     bank.append(*later)
-    for array in (maps, pointers, *later):
+    for array in (maps, pointer, *later):
         array[:] = 99
-    assert bank.maps.max() < 2
-    assert bank.pointers.max() < 2
+    assert device.host(bank.maps).max() < 2
+    assert device.host(bank.pointers).max() < 2
+
+
+def test_memory_of_an_object_at_full_size_is_what_the_limit_counts_with():
+    maps = 7 * 64 * 64 * 64
+    assert bank_bytes(FULL.sam2, TorchDevice()) == 2 * maps + 4 * 16 * 256  # bfloat16, which holds every value
+    assert bank_bytes(FULL.sam2, Host()) == 4 * maps + 4 * 16 * 256

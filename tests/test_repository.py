@@ -5,8 +5,9 @@ from tritonclient.grpc import model_config_pb2
 from ensemble import settings
 from ensemble.components import components
 from ensemble.config import FULL, PRESETS
-from ensemble.graph import PUBLIC, ensemble_steps, served
+from ensemble.graph import PUBLIC, ensemble_steps, parts, served
 from ensemble.tensors import Dim
+from ensemble.tracker import Limits
 from export import generate
 from export.runners import Engine
 from export.to_repository import SOURCE, write_configs
@@ -76,11 +77,16 @@ def test_scheduling_follows_from_how_the_component_is_served(preset, name):
 def test_idle_timeouts_and_capacities_are_those_of_the_sessions(preset):
     _, configs = preset
     tracker, language = configs["tracker"].sequence_batching, configs["language_model"].sequence_batching
-    assert tracker.max_sequence_idle_microseconds == settings.SESSION_IDLE_S * 1e6
+    limits = Limits.from_parameters({name: value.string_value for name, value in configs["tracker"].parameters.items()})
+    assert limits == Limits()
+    # A session that the tracker closed is still known to Triton, so that its next request reaches the tracker and is told why.
+    assert tracker.max_sequence_idle_microseconds == settings.TRITON_IDLE_S * 1e6 > 2e6 * limits.session_idle_s
     assert language.max_sequence_idle_microseconds == settings.GENERATION_IDLE_S * 1e6
     # Surplus answers wait for a slot; surplus tracking sessions have to get in to be refused with a message.
     assert language.oldest.max_candidate_sequences == configs["language_model"].max_batch_size == settings.MAX_GENERATIONS
-    assert tracker.oldest.max_candidate_sequences > settings.MAX_SESSIONS
+    assert tracker.oldest.max_candidate_sequences > 2 * settings.MAX_SESSIONS
+    # State lies in one process: a session never moves.
+    assert [group.count for group in configs["tracker"].instance_group] in ([], [1])
     assert configs["tracker"].max_batch_size == configs["sparrow_track"].max_batch_size == settings.MAX_FRAME_BATCH
     for sequences in (tracker, language):
         assert sequences.oldest.max_queue_delay_microseconds == settings.BATCH_DELAY_US
@@ -127,7 +133,7 @@ def test_ensemble_is_refused_when_a_step_lacks_an_input_or_nobody_gives_an_outpu
     with pytest.raises(ValueError, match=r"sparrow_track: nobody provides image_embeddings, .* of mask_decoder"):
         ensemble_steps(lacking, "sparrow_track")
     silent = {**contracts, "tracker": contracts["frame_encoder"]}
-    with pytest.raises(ValueError, match="sparrow_track: no step provides the output mask_rle, mask_bits"):
+    with pytest.raises(ValueError, match="sparrow_track: no step provides the output frame_idx, object_ids, mask_rle, mask_bits"):
         ensemble_steps(silent, "sparrow_track")
 
 
@@ -135,7 +141,7 @@ def test_ensemble_is_refused_when_a_step_lacks_an_input_or_nobody_gives_an_outpu
 def test_graphs_are_warmed_up_with_every_input_at_a_size_that_the_contract_allows(preset, name):
     contracts, configs = preset
     contract = contracts[name]
-    if not contract.is_graph:
+    if not contract.is_graph:  # graphs inside a model are run once as it loads
         assert not configs[name].model_warmup
         return
     (warmup,) = configs[name].model_warmup
@@ -153,13 +159,19 @@ def test_every_edge_of_the_graph_leads_to_a_model(preset):
     contracts, _ = preset
     for contract in contracts.values():
         assert set(contract.calls) <= set(MODELS)
-        assert contract.part_of in (None, *MODELS)
+        assert set(contract.parts) <= {name for name, part in contracts.items() if part.serving == "graph"}
     assert set(PUBLIC) <= set(MODELS)
+
+
+def test_every_graph_runs_somewhere(preset):
+    contracts, _ = preset
+    running = {part.name for model in served(contracts) for part in parts(contracts, model.name)}
+    assert running == {name for name, contract in contracts.items() if contract.is_graph}
 
 
 def test_readme_lists_every_tensor_of_every_model():
     readme = (SOURCE / "README.md").read_text()
     sections = {section.split("\n")[0]: section for section in readme.split("\n## ")[1:]}
-    for contract in served(components(FULL)):
+    for contract in components(FULL).values():
         for spec in (*contract.inputs, *contract.outputs):
             assert f"| `{spec.name}`{' (optional)' if spec.optional else ''} | {spec} |" in sections[contract.name]
