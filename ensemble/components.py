@@ -271,7 +271,13 @@ def components(config: ModelConfig) -> dict[str, Component]:
         TensorSpec("points", "float32", (POINTS, 2), "x, y, normalised; on, or beside, objects to track from this frame on", optional=True),
         TensorSpec("point_labels", "int32", (POINTS,), "1: on the object, 0: not on it.", optional=True, below=POSITIVE + 1),
         TensorSpec("point_objects", "int32", (POINTS,), "id of each point's object", optional=True),
-        TensorSpec("masks", "bool", (MASKS, SESSION_HEIGHT, SESSION_WIDTH), "masks of objects to track from this frame on, of its size", optional=True),
+        TensorSpec(
+            "masks",
+            "bool",
+            (MASKS, SESSION_HEIGHT, SESSION_WIDTH),
+            "masks of objects to track from this frame on, of its size",
+            optional=True,
+        ),
         TensorSpec("mask_objects", "int32", (MASKS,), "id of each mask's object", optional=True),
         TensorSpec("removed_objects", "int32", (REMOVED,), "ids of objects to follow no longer", optional=True),
     )

@@ -79,7 +79,7 @@ class TrackOptions(RequestOptions):
 
     mask_format: str = option("rle", "which of mask_rle, mask_bits and mask_logits is filled", choices=MASK_FORMATS)
     frame_idx: int = option(-1, "index of the frame in its session, refused where another is due; -1: not checked", low=-1, high=2**31 - 1)
-    reset: bool = option(False, "forget the objects so far; those that the request itself prompts start")
+    reset: bool = option(False, "forget the objects so far; the request's own start. With START: an open session of that id, too")
 
 
 def is_sound(entry: Field[Any], value: Any) -> bool:

@@ -58,7 +58,7 @@ class SessionStore(Generic[State]):
         self.expire()
         if session_id in self._sessions:
             raise InvalidInput(
-                f"{self.owner}: got START, but session {session_id} is open. Send END first, or START under another correlation id."
+                f"{self.owner}: got START, but session {session_id} is open. Send END first, START with reset, or another correlation id."
             )
         while len(self._sessions) >= self.capacity:
             if not self.evict():

@@ -152,10 +152,11 @@ class Tracker:
         """
         results: dict[int, Arrays | SparrowError] = {}
         frames: dict[int, Frame] = {}
-        opened: set[int] = set()
+        ours: set[int] = set()  # positions; a START may be refused because somebody else's session is open
         for position, request in enumerate(requests):
             try:
-                frame = self._admit(request, len(frames), opened)
+                frame = self._admit(request, len(frames))
+                ours.add(position)
                 if frame is None:
                     results[position] = self._respond([], TrackState((1, 1)), TrackOptions())
                 else:
@@ -173,8 +174,7 @@ class Tracker:
             failed = isinstance(results[position], SparrowError)
             if failed:
                 self.metrics.add(metrics.REFUSED, 1, type(results[position]).__name__)
-            ours = not request.start or request.session_id in opened  # a START may be refused because the session is open
-            if ours and (request.end or (request.start and failed)):
+            if (request.end or (request.start and failed)) and (position in ours or not request.start):
                 self.sessions.close(request.session_id)
         self._report()
         return [results[position] for position in range(len(requests))]
@@ -191,7 +191,7 @@ class Tracker:
 
     # Admission -------------------------------------------------------------------------------------------------------
 
-    def _admit(self, request: SequenceRequest, index: int, opened: set[int]) -> Frame | None:
+    def _admit(self, request: SequenceRequest, index: int) -> Frame | None:
         """The request as a frame of this step, None where it only closes; raises SparrowError when it cannot be served."""
         if request.cancelled:
             raise Cancelled("tracker: the request was cancelled before its turn. The session is as it was.")
@@ -209,13 +209,19 @@ class Tracker:
                 raise InvalidInput(
                     "tracker: got no objects with START, expected text_embeddings, boxes, points or masks. Say what to track."
                 )
+            if options.reset:
+                self.sessions.close(request.session_id)
             state = self._limited("sessions", lambda: self.sessions.open(request.session_id, TrackState((height, width))))
-            opened.add(request.session_id)
         else:
             state = self.sessions.get(request.session_id)
-        self._check_frame(state, (height, width), options.frame_idx)
-        targets = plan(index, state, edits)
-        self._reserve(request.session_id, state, len(targets))
+        try:
+            self._check_frame(state, (height, width), options.frame_idx)
+            targets = plan(index, state, edits)
+            self._reserve(request.session_id, state, len(targets))
+        except SparrowError:
+            if request.start:
+                self.sessions.close(request.session_id)
+            raise
         return Frame(request, state, targets, options)
 
     def _check_frame(self, state: TrackState, size: tuple[int, int], frame_idx: int) -> None:

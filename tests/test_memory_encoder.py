@@ -27,7 +27,8 @@ def encoder_inputs(prompted: bool) -> dict[str, torch.Tensor]:
 
 
 def upstream(oracle: sam2_oracle.Oracle, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    masks = F.interpolate(inputs["mask_logits"][:, None], (SAM2.image_size,) * 2, mode="bilinear", align_corners=False)
+    logits = sam2_oracle.gated(inputs["mask_logits"], inputs["object_scores"])  # which SAM2Base does behind its decoder
+    masks = F.interpolate(logits[:, None], (SAM2.image_size,) * 2, mode="bilinear", align_corners=False)
     features = [sam2_oracle.flat(inputs["frame_embeddings"][inputs["object_frame"]])]
     sizes, scores = [(SAM2.grid, SAM2.grid)], inputs["object_scores"][:, None]
     return oracle.sam2._encode_new_memory(features, sizes, masks, scores, bool(inputs["prompted"][0]))[0]
@@ -54,6 +55,7 @@ def test_memory_encoder_treats_each_object_by_its_own_flag(oracle):
 
 def test_memory_encoder_marks_objects_that_are_absent_in_sam21_only(oracle):
     encoder, inputs = oracle.build("memory_encoder"), encoder_inputs(False)
+    inputs["mask_logits"] = sam2_oracle.gated(inputs["mask_logits"], inputs["object_scores"])
     there = encoder(*{**inputs, "object_scores": torch.ones(3)}.values())
     changed = (encoder(*inputs.values()) != there).flatten(1).any(1)
     assert changed.tolist() == [False, oracle.config.sam2.absent_embedding, False]

@@ -40,7 +40,7 @@ def test_store_gives_each_session_its_own_state(store):
 
 def test_session_that_is_open_is_not_opened_again(store):
     store.open(1, "a")
-    with pytest.raises(InvalidInput, match=r"tracker: got START, but session 1 is open. Send END first, or START under another"):
+    with pytest.raises(InvalidInput, match=r"tracker: got START, but session 1 is open. Send END first, START with reset"):
         store.open(1, "b")
     assert store.get(1) == "a"
     store.close(1)

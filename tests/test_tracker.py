@@ -703,10 +703,28 @@ def test_end_frees_the_session_after_its_last_frame(tracker):
         raise tracker.step([request(1, 2)])[0]
 
 
+def test_start_with_reset_takes_over_an_open_session(tracker, graphs):
+    tracker.step([start(1, 0, text(3))])
+    with pytest.raises(InvalidInput, match="lies outside"):  # which leaves it alone
+        raise tracker.step([start(1, 1, boxes(0) | {"boxes": ONE_BOX + 1}, reset=True)])[0]
+    assert tracker.step([request(1, 1)])[0]["object_ids"].tolist() == [0, 1, 2]
+    tracks = slow_tracks(graphs, boxes(9))
+    check_response(tracker.step([start(1, 2, boxes(9), reset=True)])[0], tracks, features(2))
+    check_response(tracker.step([request(1, 3, frame_idx=1)])[0], tracks, features(3))
+    assert len(tracker.sessions) == 1
+
+
 def test_refused_start_with_end_leaves_the_open_session_alone(tracker):
     tracker.step([start(1, 0, text(1))])
-    with pytest.raises(InvalidInput):
-        raise tracker.step([start(1, 0, text(1), end=True)])[0]
+    for refused in (start(1, 0, text(1), end=True), start(1, 0, {}, end=True)):
+        with pytest.raises(InvalidInput):
+            raise tracker.step([refused])[0]
+        assert len(tracker.sessions) == 1
+
+
+def test_empty_frame_with_start_and_end_closes_a_session_that_triton_has_forgotten(tracker):
+    tracker.step([start(1, 0, text(1)), start(2, 0, text(1))])
+    tracker.step([SequenceRequest(1, CLOSING["tracker"], start=True, end=True)])
     assert len(tracker.sessions) == 1
 
 
