@@ -29,6 +29,9 @@ demo: build/tiny/repository/built  ## segment a clip through a real Triton serve
 test: $(VENV)/dev  ## run the tests
 	$(BIN)/python -m pytest
 
+soak: $(VENV)/dev build/tiny/repository/built  ## ten minutes of tracking sessions that misbehave and die; keeps the figures
+	$(BIN)/python -m tests.soak build/tiny/repository
+
 check: $(VENV)/dev  ## formatting, lint, types, generated files; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -79,4 +82,4 @@ $(VENV)/dev: $(VENV)/export
 	@SAM2_BUILD_CUDA=0 $(PIP) --no-deps --no-build-isolation sam2==1.1.0
 	@touch $@
 
-.PHONY: help demo test check fix generate bench serve clean
+.PHONY: help demo test soak check fix generate bench serve clean

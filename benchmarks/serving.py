@@ -8,7 +8,7 @@ import time
 import click
 import numpy as np
 from numpy.typing import NDArray
-from sparrow_client import SparrowClient, SparrowClientError
+from sparrow_client import Prompt, SparrowClient, SparrowClientError
 from tqdm import tqdm
 
 from .records import GpuMemory, append, environment, record
@@ -76,9 +76,9 @@ def ask(client: SparrowClient, clip: NDArray[np.uint8]) -> float:
 def track(client: SparrowClient, num_objects: int) -> list[float]:
     """Milliseconds of each frame of a session with so many objects, behind the warm-up."""
     frames = moving_square(CLIP_FRAMES)
-    boxes = np.array([[0.1 + 0.1 * index, 0.3, 0.3 + 0.1 * index, 0.6] for index in range(num_objects)], np.float32)
+    prompts = [Prompt(index, boxes=[0.1 + 0.1 * index, 0.3, 0.3 + 0.1 * index, 0.6]) for index in range(num_objects)]
     elapsed = []
-    with client.track(boxes=boxes) as session:
+    with client.track(prompts, in_flight=0) as session:
         for index in tqdm(range(WARM_UP + TRACK_FRAMES), desc=f"{num_objects} objects"):
             start = time.perf_counter()
             session.push(frames[index % len(frames)])

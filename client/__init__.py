@@ -6,19 +6,40 @@
         answer = client.segment(frames, "Please segment the horse.")
         print(answer.text, answer.objects[0].phrase, answer.frames[0].masks.shape)
 
-NumPy and tritonclient are all it needs.
+        with client.track("Please segment the horse.", first_frames) as session:
+            for frame in camera:
+                for result in session.push(frame):
+                    print(result.frame_idx, result.object_ids, result.visible, result.masks.shape)
+            for result in session.finish():
+                ...
+
+`AsyncSparrowClient` has the same verbs for asyncio. NumPy and tritonclient are all it needs.
 """
 
-from ._client import SparrowClient, TrackSession
-from ._errors import CapacityExceeded, InvalidInput, RequestFailed, ServerUnavailable, SparrowClientError, UnknownSession
-from ._types import Answer, FrameMasks, Objects, Proposals, Summary, TextPiece, TrackedObject
+from ._async_client import AsyncSparrowClient, AsyncTrackSession
+from ._client import SparrowClient
+from ._errors import (
+    Cancelled,
+    CapacityExceeded,
+    InvalidInput,
+    RequestFailed,
+    ServerUnavailable,
+    SparrowClientError,
+    UnknownSession,
+)
+from ._track import TrackSession
+from ._types import Answer, FrameMasks, Objects, Prompt, Proposals, Summary, TextPiece, TrackedObject
 
 __all__ = [
     "Answer",
+    "AsyncSparrowClient",
+    "AsyncTrackSession",
+    "Cancelled",
     "CapacityExceeded",
     "FrameMasks",
     "InvalidInput",
     "Objects",
+    "Prompt",
     "Proposals",
     "RequestFailed",
     "ServerUnavailable",

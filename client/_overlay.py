@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
+from types import TracebackType
 
 import av
 import numpy as np
@@ -39,13 +40,34 @@ def write_picture(path: Path, frame: NDArray[np.uint8]) -> None:
     Image.fromarray(frame).save(path)
 
 
-def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: float) -> None:
-    """H.264 in MP4; odd sizes are padded by a repeated row or column, which the format needs."""
-    height, width = frames[0].shape[:2]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
-        stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+class VideoWriter:
+    """H.264 in MP4, frame by frame; odd sizes are padded by a repeated row or column, which the format needs.
+
+    The file is written in fragments: an endless one takes no memory, and can be played however it ends.
+    """
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self._container = av.open(str(path), "w", options={"movflags": "frag_keyframe+empty_moov"})
+        self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
+        self._stream.pix_fmt = "yuv420p"
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._container.mux(self._stream.encode())
+        self._container.close()
+
+    def add(self, frame: NDArray[np.uint8]) -> None:
+        """The next frame, [H, W, 3] uint8 RGB, all of one size."""
+        height, width = frame.shape[:2]
+        even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if not self._stream.codec_context.is_open:
+            self._stream.height, self._stream.width = even.shape[:2]
+        self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+
+
+def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:
+    with VideoWriter(path, fps) as video:
         for frame in frames:
-            even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
-        container.mux(stream.encode())
+            video.add(frame)

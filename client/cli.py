@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import click
+
+out_option = click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
+server_option = click.option(
+    "--server",
+    default="localhost:8001",
+    envvar="SPARROW_SERVER",
+    show_default=True,
+    show_envvar=True,
+    help="host:port of its gRPC endpoint.",
+)
+timeout_option = click.option(
+    "--timeout", "timeout_s", type=float, default=300, show_default=True, help="Seconds to wait for the next response."
+)
 
 
 class Verbs(click.Group):

@@ -18,6 +18,7 @@ from ._media import MediaError, read_image, read_media
 from ._results import prepare_folder, write_results
 from ._stubs import OPTIONS, VIDEO_SAMPLE_FPS
 from ._types import Answer, Event, FrameMasks, TextPiece
+from .cli import out_option, server_option, timeout_option
 
 OURS = ("modality", "mask_format", "proposal_debug")
 """Request parameters that the command sets itself."""
@@ -41,15 +42,8 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @click.argument("input", type=click.Path(path_type=Path))
 @click.argument("prompt")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
-@click.option(
-    "--server",
-    default="localhost:8001",
-    envvar="SPARROW_SERVER",
-    show_default=True,
-    show_envvar=True,
-    help="host:port of its gRPC endpoint.",
-)
+@out_option
+@server_option
 @click.option(
     "--sample-fps",
     type=click.FloatRange(0, min_open=True),
@@ -59,7 +53,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--target-boxes", type=click.Path(exists=True, path_type=Path), help="Text file: a box per frame, 4 numbers a line.")
 @click.option("--target-crop", type=click.Path(exists=True, path_type=Path), help="Picture of the target.")
-@click.option("--timeout", "timeout_s", type=float, default=300, show_default=True, help="Seconds to wait for the next response.")
+@timeout_option
 @click.option("--chat-files", is_flag=True, help="Also write the files of the original's chat.py, to OUT/<stem of INPUT>/.")
 @click.option(
     "--proposal-debug",

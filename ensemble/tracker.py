@@ -283,7 +283,7 @@ class Tracker:
             decoded |= {(target.frame, target.object_id): result for target, result in zip(chunk, results, strict=True)}
 
         responses = []
-        with self._stage("respond"):
+        with self._stage("respond", Host()):
             for frame in frames:
                 own = [decoded[target.frame, target.object_id] for target in frame.targets]
                 responses.append(self._respond(own, frame.state, frame.options, [target.object_id for target in frame.targets]))
@@ -377,8 +377,8 @@ class Tracker:
         return self._device.run(self._graphs[component], inputs)
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        with self._device.timed() as elapsed:
+    def _stage(self, name: str, device: Device | None = None) -> Iterator[None]:
+        with (device or self._device).timed() as elapsed:
             yield
         self._elapsed.append((name, elapsed))
 

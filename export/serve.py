@@ -7,6 +7,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -24,6 +25,8 @@ from typing import IO
 
 STOP_TIMEOUT_S = 10
 POLL_S = 0.1
+SHARED_MEMORY = Path("/dev/shm")
+"""Where models and server exchange tensors."""
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that a child gets when its parent dies."""
 
@@ -109,12 +112,14 @@ class Server:
             raise ServerError(f"{self.repository}: no model repository there. Write one: sparrow export CHECKPOINT -o {self.repository}")
         for name, port in vars(self.ports).items():
             check_port(name, port)
+        self._shm_prefix = f"sparrow_{secrets.token_hex(4)}_"
         binary, libraries = find_tritonserver()
         backends = write_backends(workspace / "backends", binary)
         command = [
             str(binary),
             f"--model-repository={self.repository}",
             f"--backend-directory={backends}",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
             f"--grpc-port={self.ports.grpc}",
             f"--http-port={self.ports.http}",
             f"--metrics-port={self.ports.metrics}",
@@ -178,6 +183,8 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):  # what a server leaves that had to be killed
+            region.unlink()
 
 
 def end_with_parent() -> None:

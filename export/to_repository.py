@@ -79,8 +79,11 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
     parameters: dict[str, str | int] = {}
     if graph.parts(contracts, model.name):
         parameters |= asdict(engine_of(model.name, engine))
-    else:  # NumPy alone: a GPU would only cost it memory
-        fields["instance_group"] = [{"kind": "KIND_CPU"}]
+        kind = "KIND_MODEL"  # the graphs find their GPU themselves
+    else:
+        kind = "KIND_CPU"
+    # One process, also where there are several GPUs: state is in it, and frames of a session cannot overtake each other.
+    fields["instance_group"] = [{"kind": kind, "count": 1}]
     if model.name == "tracker":
         parameters |= asdict(Limits())
     if parameters:

@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sparrow_client import Answer, FrameMasks, Proposals, Summary, TrackedObject
+from sparrow_client import Answer, Proposals, Summary, TrackedObject
 from sparrow_client._chat_files import write_chat_files
 from sparrow_client._media import Media
+
+from tests.responses import masks_of
 
 SIZE = 20, 30
 RNG = np.random.default_rng(0)
@@ -19,7 +21,7 @@ def answer(branch, guidance="ok", num_objects=2, proposals=True):
     branches = ("framewise", "tracked") if branch == "both" else (branch,)
     numbers = np.zeros(num_objects, np.float32)
     frames = [
-        FrameMasks(index, RNG.random((num_objects, *SIZE)) < 0.4, numbers, numbers, numbers > 0, name)
+        masks_of(index, RNG.random((num_objects, *SIZE)) < 0.4, (numbers, numbers), name)
         for index in range(2 if num_objects else 0)
         for name in branches
     ]

@@ -8,24 +8,29 @@ import time
 import numpy as np
 import pytest
 import sparrow_client
+from grpc import StatusCode
+from pycocotools import mask as coco
 from sparrow_client import (
+    Cancelled,
     CapacityExceeded,
     InvalidInput,
+    Prompt,
     RequestFailed,
     ServerUnavailable,
     SparrowClient,
     SparrowClientError,
     UnknownSession,
-    _client,
+    _question,
     _stubs,
     _types,
+    _wire,
 )
-from sparrow_client._errors import error_from_triton
-from tritonclient.utils import InferenceServerException
+from sparrow_client._errors import error_from_status, error_from_text
 
-from ensemble import errors, masks
+from ensemble import errors
 from ensemble.components import components
 from ensemble.config import FULL
+from tests.responses import masks_of
 
 FRAMES = np.zeros((2, 16, 24, 3), np.uint8)
 TIMEOUT_S = 0.4
@@ -49,8 +54,8 @@ def test_stubs_name_the_inputs_of_the_public_components():
 
 
 def test_stack_frames_takes_an_array_or_a_list_of_frames():
-    np.testing.assert_array_equal(_client.stack_frames(FRAMES), FRAMES)
-    np.testing.assert_array_equal(_client.stack_frames(list(FRAMES)), FRAMES)
+    np.testing.assert_array_equal(_question.stack_frames(FRAMES), FRAMES)
+    np.testing.assert_array_equal(_question.stack_frames(list(FRAMES)), FRAMES)
 
 
 @pytest.mark.parametrize(
@@ -66,16 +71,22 @@ def test_stack_frames_takes_an_array_or_a_list_of_frames():
 )
 def test_stack_frames_refuses_no_frames_and_frames_of_several_sizes(frames, message):
     with pytest.raises(InvalidInput) as refused:
-        _client.stack_frames(frames)
+        _question.stack_frames(frames)
     assert (str(refused.value), refused.value.model_name) == (message, "sparrow")
 
 
 def test_tensors_are_sent_as_they_are():
     prompt = np.array(["Größe?".encode()], object)
-    sent = {tensor.name(): tensor for tensor in _client.to_inputs("sparrow", {"frames": FRAMES[:, ::-1], "prompt": prompt})}
-    assert (sent["frames"].datatype(), sent["frames"].shape()) == ("UINT8", [2, 16, 24, 3])
-    assert (sent["prompt"].datatype(), sent["prompt"].shape()) == ("BYTES", [1])
-    assert sent["prompt"]._get_content()[4:] == "Größe?".encode()
+    frames = np.random.default_rng(0).integers(0, 256, FRAMES.shape, np.uint8)[:, ::-1]
+    request = _wire.to_request("sparrow", {"frames": frames, "prompt": prompt}, {"seed": 3, "do_sample": True, "branch": "both"}, "id-7")
+    assert [(tensor.name, tensor.datatype, list(tensor.shape)) for tensor in request.inputs] == [
+        ("frames", "UINT8", [2, 16, 24, 3]),
+        ("prompt", "BYTES", [1]),
+    ]
+    assert list(request.raw_input_contents) == [frames.tobytes(), b"\x08\0\0\0" + "Größe?".encode()]
+    parameters = request.parameters
+    assert (parameters["seed"].int64_param, parameters["do_sample"].bool_param, parameters["branch"].string_param) == (3, True, "both")
+    assert (request.model_name, request.id) == ("sparrow", "id-7")
 
 
 @pytest.mark.parametrize(
@@ -88,26 +99,46 @@ def test_tensors_are_sent_as_they_are():
 )
 def test_tensor_of_another_dtype_is_refused_before_it_is_sent(model, name, dtype, expected):
     with pytest.raises(InvalidInput) as refused:
-        _client.to_inputs(model, {name: np.zeros((2, 4), dtype)})
+        _wire.to_request(model, {name: np.zeros((2, 4), dtype)}, {}, "id-7")
     assert str(refused.value) == f"{model}.{name}: got dtype {dtype}, expected {expected}. Convert it."
-    assert refused.value.model_name == model
+    assert (refused.value.model_name, refused.value.request_id) == (model, "id-7")
+
+
+MASKS = np.random.default_rng(0).random((3, 37, 23)) < 0.4
+SCORES = ([0.25, 0.5, 0.75], [1, -1, 2])
 
 
 def test_frame_masks_undo_the_server_s_bits():
-    chosen = np.random.default_rng(0).random((3, 37, 23)) < 0.4
-    scores = {"predicted_iou": np.float32([0.1, 0.2, 0.3]), "object_scores": np.float32([1, -1, 2])}
-    got = _types.frame_masks(masks.respond(chosen, scores, {"mask_format": "bits"}), "framewise", 7, 37, 23)
-    np.testing.assert_array_equal(got.masks, chosen)
+    got = masks_of(7, MASKS, SCORES, "framewise")
+    np.testing.assert_array_equal(got.masks, MASKS)
+    assert got.masks is got.masks  # unpacked once
     assert (got.frame_idx, got.branch, got.masks.dtype) == (7, "framewise", bool)
-    assert got.predicted_iou is scores["predicted_iou"]
-    assert got.object_scores is scores["object_scores"]
+    assert got.object_ids.tolist() == [0, 1, 2]
+    assert got.areas_px.tolist() == MASKS.sum((1, 2)).tolist()
+    for mask, (x1, y1, x2, y2) in zip(MASKS, got.boxes_px, strict=True):
+        assert mask[y1:y2, x1:x2].sum() == mask.sum()
+    assert got.predicted_iou.tolist() == [0.25, 0.5, 0.75]
+    assert got.object_scores.tolist() == [1, -1, 2]
     assert got.visible.tolist() == [True, False, True]
 
 
+def test_frame_masks_are_there_in_the_format_that_was_asked_for_alone():
+    for mask_format, attribute in {"bits": "masks", "rle": "rle", "logits": "mask_logits"}.items():
+        got = masks_of(7, MASKS, SCORES, mask_format=mask_format)
+        assert len(getattr(got, attribute)) == 3
+        for other in {"masks", "rle", "mask_logits"} - {attribute}:
+            with pytest.raises(ValueError, match=f"FrameMasks: got masks as {mask_format}, expected .*mask_format='"):
+                getattr(got, other)
+
+
+def test_frame_masks_of_rle_are_cocos():
+    for mask, rle in zip(MASKS, masks_of(7, MASKS, SCORES, mask_format="rle").rle, strict=True):
+        assert rle["size"] == [37, 23]
+        np.testing.assert_array_equal(coco.decode(rle), mask)
+
+
 def test_frame_masks_of_no_objects_are_empty():
-    none = np.zeros(0, np.float32)
-    response = masks.respond(np.zeros((0, 37, 23), bool), {"predicted_iou": none, "object_scores": none}, {"mask_format": "bits"})
-    assert _types.frame_masks(response, "tracked", 0, 37, 23).masks.shape == (0, 37, 23)
+    assert masks_of(7, MASKS[:0], ([], [])).masks.shape == (0, 37, 23)
 
 
 def test_objects_get_the_boxes_that_name_them():
@@ -136,29 +167,22 @@ def test_objects_get_the_boxes_that_name_them():
         (errors.InvalidInput, InvalidInput),
         (errors.UnknownSession, UnknownSession),
         (errors.CapacityExceeded, CapacityExceeded),
+        (errors.Cancelled, Cancelled),
         (errors.ComponentFailed, RequestFailed),
     ],
 )
 @pytest.mark.parametrize("around", ["{}", "in ensemble 'sparrow_track', {}", "[request id: 7] {}"])
 def test_errors_of_the_server_keep_their_kind_and_words(server_error, kind, around):
     words = "tracker.boxes: got 3,\nexpected 4."
-    triton_error = InferenceServerException(around.format(f"{server_error.__name__}: {words}"), status="StatusCode.INTERNAL")
-    error = error_from_triton(triton_error, "sparrow_track", "id-7")
+    error = error_from_text(around.format(errors.to_wire(server_error(words))), "sparrow_track", "id-7", 5)
     assert type(error) is kind
     assert str(error) == words
-    assert (error.model_name, error.request_id) == ("sparrow_track", "id-7")
+    assert (error.model_name, error.request_id, error.frame_idx) == ("sparrow_track", "id-7", 5)
 
 
 @pytest.mark.parametrize(
     ("message", "kind", "advice"),
     [
-        (
-            "failed to connect to all addresses; Connection refused",
-            ServerUnavailable,
-            "Is `sparrow serve` running at that address?",
-        ),
-        ("errors resolving nowhere:1: Domain name not found", ServerUnavailable, "Is `sparrow serve` running at that address?"),
-        ("Deadline Exceeded", ServerUnavailable, "Is `sparrow serve` running at that address?"),
         ("sequence 5 of model 'tracker' must specify the START flag on the first request", UnknownSession, "open a new one."),
         ("unexpected shape for input 'frames' for model 'sparrow'. Expected [-1,-1,-1,3], got [2,3]", InvalidInput, ""),
         ("something else", RequestFailed, ""),
@@ -166,11 +190,28 @@ def test_errors_of_the_server_keep_their_kind_and_words(server_error, kind, arou
     ],
 )
 def test_triton_s_own_errors_are_told_apart(message, kind, advice):
-    error = error_from_triton(InferenceServerException(message), "sparrow", "")
+    error = error_from_text(message, "sparrow", "")
     assert type(error) is kind
     assert isinstance(error, SparrowClientError)
     assert str(error).startswith(message)
     assert str(error).endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "advice"),
+    [
+        (StatusCode.UNAVAILABLE, ServerUnavailable, "Is `sparrow serve` running at that address?"),
+        (StatusCode.UNIMPLEMENTED, ServerUnavailable, "Is `sparrow serve` running at that address?"),
+        (StatusCode.DEADLINE_EXCEEDED, ServerUnavailable, "Is the server overloaded?"),
+        (StatusCode.CANCELLED, Cancelled, "was taken back."),
+        (StatusCode.INTERNAL, RequestFailed, "See the server's log."),
+    ],
+)
+def test_broken_connections_are_told_apart(code, kind, advice):
+    error = error_from_status(code, "no luck", "sparrow", "id-7")
+    assert type(error) is kind
+    assert str(error).endswith(advice)
+    assert (error.model_name, error.request_id, error.frame_idx) == ("sparrow", "id-7", None)
 
 
 @pytest.fixture
@@ -194,7 +235,8 @@ def silent_port():
 CALLS = {
     "segment": lambda client: client.segment(FRAMES, "Where is it?"),
     "stream": lambda client: next(client.stream(FRAMES, "Where is it?")),
-    "track": lambda client: client.track(boxes=np.float32([[0, 0, 1, 1]])).push(FRAMES[0]),
+    "track": lambda client: client.track([Prompt(0, boxes=[0, 0, 1, 1])], in_flight=0).push(FRAMES[0]),
+    "question": lambda client: client.track("Where is it?", FRAMES),
 }
 
 
@@ -225,29 +267,3 @@ def test_option_that_cannot_be_sent_is_refused_at_once(silent_port, options):
         pytest.raises(InvalidInput, match=f'"{next(iter(options))}"'),
     ):
         client.segment(FRAMES, "Where is it?", **options)
-
-
-def test_session_that_never_got_a_frame_closes_without_a_server(closed_port):
-    with SparrowClient(f"127.0.0.1:{closed_port}") as client, client.track(embeddings=np.zeros((1, 4))) as session:
-        assert session.frame_idx == 0
-
-
-def test_sessions_have_ids_of_their_own():
-    with SparrowClient() as client:
-        ids = [client.track().session_id for _ in range(100)]
-    assert len(set(ids)) == 100
-    assert all(0 < session_id < 2**63 for session_id in ids)
-
-
-def test_track_numbers_boxes_as_objects_unless_told_otherwise():
-    boxes = [[0, 0, 1, 1], [0, 0, 0.5, 0.5]]
-    with SparrowClient() as client:
-        each, shared = client.track(boxes=boxes), client.track(boxes=boxes, box_objects=[0, 0], embeddings=[[1, 2]])
-    assert each._start["box_objects"].tolist() == [0, 1]
-    assert set(each._start) == {"boxes", "box_objects"}
-    assert shared._start["box_objects"].tolist() == [0, 0]
-    assert {name: str(array.dtype) for name, array in shared._start.items()} == {
-        "text_embeddings": "float32",
-        "boxes": "float32",
-        "box_objects": "int32",
-    }

@@ -106,7 +106,7 @@ def test_sam2_file_is_known_by_its_name(original, tmp_path):
 
 
 def test_sam2_file_has_its_own_names(original, tmp_path):
-    sam2_file(original, tmp_path / "sam2.pt", **{"no_mem_pos_enc": torch.zeros(1, 1, 256)})
+    sam2_file(original, tmp_path / "sam2.pt", no_mem_pos_enc=torch.zeros(1, 1, 256))
     assert examine(tmp_path / "sam2.pt").parts["sam2"].unread == {"no_mem_pos_enc": 1}
 
 

@@ -62,7 +62,9 @@ RULES = {
         "export/generate.py",
         ours=frozenset({RELATIVE}),
         third_party=frozenset({"numpy", "tritonclient", "grpc"}),
-        files=dict.fromkeys(("cli.py", "segment.py", "_media.py", "_overlay.py", "_results.py", "_chat_files.py"), COMMAND_LINE),
+        files=dict.fromkeys(
+            ("cli.py", "segment.py", "track.py", "_media.py", "_overlay.py", "_results.py", "_chat_files.py"), COMMAND_LINE
+        ),
     ),
     "benchmarks": Rule(
         advice="benchmarks measures what users see through sparrow_client: what it wants from export belongs there",
@@ -149,6 +151,7 @@ def test_every_folder_with_code_has_a_rule():
         ("client", "_client.py", "from sparrow_client import _types"),
         ("client", "_client.py", "import click"),
         ("client", "segment.py", "import cv2"),
+        ("client", "_track.py", "import tqdm"),
         ("benchmarks", "run.py", "from export.local import torch_pipeline"),
     ],
 )
@@ -171,6 +174,7 @@ def test_rules_catch_an_import_in_the_wrong_place(folder, file, source):
         ("export", "models/hiera.py", "import torch.nn.functional as F\nfrom ensemble.config import HieraConfig"),
         ("model_repository", "tracker/1/model.py", "from export.runners import open_graph\nfrom ensemble.backend import Model"),
         ("client", "segment.py", "import click\nfrom ._client import SparrowClient\nimport numpy"),
+        ("client", "_stream.py", "import grpc\nfrom tritonclient.grpc.service_pb2 import ModelInferRequest"),
         ("benchmarks", "run.py", "import sparrow_client, numpy\nfrom ensemble import settings"),
     ],
 )

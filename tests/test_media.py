@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sparrow_client import _media
-from sparrow_client._media import MediaError, read_image, read_media, sample_stride
+from sparrow_client._media import MediaError, open_frames, read_image, read_mask, read_media, sample_stride
 
 from tests import goldens
 
@@ -292,3 +292,99 @@ def test_horse_jump_is_sampled_as_the_original_does(tmp_path):
     media = read_media(clip)
     np.testing.assert_array_equal(media.frames, np.stack(every)[[0, 10, 20, 30, 40]])
     assert media.fps == 1
+
+
+# Frame by frame --------------------------------------------------------------------------------------------------------
+
+
+def frames_of(source):
+    """Every frame of a source, how many it said there are, and its rate."""
+    with open_frames(str(source), timeout_s=5) as opened:
+        return list(opened.frames), opened.total, opened.fps
+
+
+def test_every_frame_of_a_video_comes_one_at_a_time(tmp_path):
+    path = write_video(tmp_path / "clip.mp4", 100, 12.5)
+    frames, total, fps = frames_of(path)
+    assert [number(frame) for frame in frames] == list(range(100))
+    assert (total, fps) == (100, 12.5)
+    with open_frames(str(path), timeout_s=5) as opened:
+        assert number(next(opened.frames)) == 0  # and the rest is never decoded
+
+
+def test_number_of_frames_is_none_where_the_file_does_not_say(tmp_path):
+    frames, total, fps = frames_of(write_video(tmp_path / "clip.mkv", 30, 10))
+    assert (len(frames), total, fps) == (30, None, 10)
+
+
+def test_frames_of_a_video_come_out_upright(tmp_path):
+    frames, *_ = frames_of(write_video(tmp_path / "clip.mp4", 5, 1, draw=marked, rotation=90))
+    assert {(*frame.shape[:2], *corner(frame)) for frame in frames} == {(80, 48, True, False)}
+
+
+def test_frames_of_a_folder_are_not_limited(tmp_path):
+    folder = write_folder(tmp_path / "frames", *(f"{index:05d}.png" for index in range(_media.MAX_FRAMES + 1)))
+    frames, total, fps = frames_of(folder)
+    assert [int(frame[0, 0, 0]) for frame in frames] == list(range(65))
+    assert (total, fps) == (65, _media.ASSUMED_FPS)
+
+
+def test_picture_is_a_source_of_one_frame(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "picture.png")
+    (frame,), total, _ = frames_of(tmp_path / "picture.png")
+    np.testing.assert_array_equal(frame, PICTURE)
+    assert total == 1
+
+
+def test_damaged_frames_end_a_source_with_an_error_that_names_it(tmp_path):
+    folder = write_folder(tmp_path / "frames", "a.png", "b.png")
+    (folder / "b.png").write_bytes(b"no picture")
+    with open_frames(str(folder), timeout_s=5) as opened:
+        assert next(opened.frames).shape == (16, 20, 3)
+        with pytest.raises(MediaError, match=r"b.png: not a readable picture"):
+            next(opened.frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.mp4", None, "gone.mp4: no such file"),
+        ("gone.png", None, "gone.png: no such file"),
+        ("bad.mp4", b"no video", "bad.mp4: not a readable video"),
+        ("bad.png", b"no picture", "bad.png: not a readable picture"),
+    ],
+)
+def test_source_that_is_not_readable_is_named(tmp_path, name, content, message):
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(MediaError, match=message):
+        frames_of(tmp_path / name)
+
+
+MASK = np.zeros((20, 30), bool)
+MASK[3:9, 5:20] = True
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Image.fromarray(MASK.astype(np.uint8)),
+        Image.fromarray(MASK.astype(np.uint8) * 255),
+        Image.fromarray(MASK),
+        Image.fromarray(MASK.astype(np.uint16) * 300),
+        Image.fromarray(MASK[..., None] * np.uint8([0, 0, 9])),
+        Image.fromarray(np.concatenate([MASK[..., None] * np.uint8([0, 0, 9]), np.full((20, 30, 1), 255, np.uint8)], 2)),
+        Image.merge("LA", (Image.fromarray(MASK.astype(np.uint8)), Image.new("L", (30, 20), 255))),
+    ],
+    ids=["one", "white", "bits", "16 bits", "colour", "opaque colour", "opaque grey"],
+)
+def test_mask_is_where_a_picture_is_not_zero(tmp_path, picture):
+    picture.save(tmp_path / "mask.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), MASK)
+
+
+def test_mask_of_a_palette_picture_is_where_its_index_is_not_zero(tmp_path):
+    picture = Image.fromarray(MASK.astype(np.uint8) * 2)
+    picture.putpalette([200, 200, 200, 9, 9, 9, 0, 0, 0])  # as DAVIS does, but index 0 is not black
+    picture.save(tmp_path / "mask.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), MASK)

@@ -1,8 +1,10 @@
+from contextlib import suppress
+
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from sparrow_client._overlay import COLOURS, blend, write_picture, write_video
+from sparrow_client._overlay import COLOURS, VideoWriter, blend, write_picture, write_video
 
 
 def painted(height, width, *spots):
@@ -71,3 +73,15 @@ def test_video_keeps_its_rate(tmp_path, fps):
     write_video(tmp_path / "overlay.mp4", [np.zeros((16, 16, 3), np.uint8)] * 3, fps)
     with av.open(str(tmp_path / "overlay.mp4")) as container:
         assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=1e-3)
+
+
+def test_video_can_be_played_while_it_is_written(tmp_path):
+    noise = np.random.default_rng(0)
+    with VideoWriter(tmp_path / "overlay.mp4", 25) as video:
+        for _ in range(600):
+            video.add(noise.integers(0, 256, (32, 32, 3), np.uint8))
+        played = 0
+        with av.open(str(tmp_path / "overlay.mp4")) as container, suppress(av.FFmpegError):  # its last fragment is half written
+            for _ in container.decode(video=0):
+                played += 1
+        assert played > 100

@@ -65,7 +65,9 @@ def test_scheduling_follows_from_how_the_component_is_served(preset, name):
     assert config.HasField("dynamic_batching") == (contract.serving == "batched_graph")
     assert config.HasField("ensemble_scheduling") == (contract.serving == "ensemble")
     assert (config.platform, config.backend) == (("ensemble", "") if contract.serving == "ensemble" else ("", "python"))
-    if contract.serving in ("graph", "stream"):
+    # One process: a session never moves, and its frames cannot overtake each other on the way to it.
+    assert [group.count for group in config.instance_group] == ([] if contract.serving == "ensemble" else [1])
+    if contract.serving == "stream":
         assert config.max_batch_size == 0
         assert "max_batch_size: 0" in (SOURCE / name / "config.pbtxt").read_text()  # unsaid, Triton would guess it
     elif contract.serving == "batched_graph":
@@ -85,8 +87,6 @@ def test_idle_timeouts_and_capacities_are_those_of_the_sessions(preset):
     # Surplus answers wait for a slot; surplus tracking sessions have to get in to be refused with a message.
     assert language.oldest.max_candidate_sequences == configs["language_model"].max_batch_size == settings.MAX_GENERATIONS
     assert tracker.oldest.max_candidate_sequences > 2 * settings.MAX_SESSIONS
-    # State lies in one process: a session never moves.
-    assert [group.count for group in configs["tracker"].instance_group] in ([], [1])
     assert configs["tracker"].max_batch_size == configs["sparrow_track"].max_batch_size == settings.MAX_FRAME_BATCH
     for sequences in (tracker, language):
         assert sequences.oldest.max_queue_delay_microseconds == settings.BATCH_DELAY_US

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from safetensors.torch import save_file
-from sparrow_client import SparrowClient, SparrowClientError
+from sparrow_client import Prompt, SparrowClient, SparrowClientError
 
 from ensemble.frames import session_frame
 from ensemble.runner import LocalRunner, open_session
@@ -70,8 +70,8 @@ def test_stage_1_checkpoint_answers_as_the_whole_one_without_guidance(stage_1, s
 
 
 def test_stage_1_checkpoint_tracks_boxes(stage_1):
-    with stage_1.track(boxes=BOX) as session:
-        assert [session.push(frame).masks.shape for frame in CLIP] == [(1, 60, 80)] * 3
+    with stage_1.track([Prompt(0, boxes=BOX)], in_flight=0) as session:
+        assert [session.push(frame)[0].masks.shape for frame in CLIP] == [(1, 60, 80)] * 3
 
 
 # SAM2 alone ------------------------------------------------------------------------------------------------------------
@@ -93,16 +93,17 @@ def tracking(sam2, tmp_path_factory):
 
 
 def test_sam2_file_tracks_a_box_as_in_this_process(tracking, sam2):
-    runner = LocalRunner({name: TorchGraph(sam2.build(name), name) for name in sam2.components})
-    runner.stateful["tracker"] = Tracker(sam2.config, runner)
+    graphs = {name: TorchGraph(sam2.build(name), name) for name in sam2.components}
+    runner = LocalRunner(graphs)
+    runner.stateful["tracker"] = Tracker(sam2.config, graphs)
     start = {"boxes": BOX, "box_objects": np.zeros(1, np.int32)}
-    with tracking.track(boxes=BOX) as session, open_session(runner, "tracker", {"mask_format": "bits"}) as local:
+    with tracking.track([Prompt(0, boxes=BOX)], in_flight=0) as session, open_session(runner, "tracker", {"mask_format": "bits"}) as local:
         for index, frame in enumerate(CLIP):
             inputs = session_frame({"frame": frame}, sam2.config)
             features = runner.run("frame_encoder", {"grounding_frames": inputs["grounding_frames"][None]})
             one_frame = {name: array[0] for name, array in features.items()}
             expected = local.step({**one_frame, "frame_size": inputs["frame_size"], **({} if index else start)})
-            result = session.push(frame)
+            (result,) = session.push(frame)
             assert result.frame_idx == index
             bits = np.unpackbits(expected["mask_bits"], axis=1, count=frame.shape[0] * frame.shape[1]).reshape(result.masks.shape)
             assert (result.masks == bits.astype(bool)).mean() >= 0.998  # ONNX Runtime against torch: memories are rounded to bfloat16
@@ -114,5 +115,5 @@ def test_sam2_file_is_asked_a_question_and_says_that_there_is_no_such_model(trac
         tracking.segment(CLIP, PROMPT)
     assert "\n" not in str(refused.value)
     assert tracking.is_ready()
-    with tracking.track(boxes=BOX) as session:
-        assert session.push(CLIP[0]).masks.shape == (1, 60, 80)
+    with tracking.track([Prompt(0, boxes=BOX)], in_flight=0) as session:
+        assert session.push(CLIP[0])[0].masks.shape == (1, 60, 80)

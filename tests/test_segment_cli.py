@@ -10,7 +10,6 @@ from pycocotools import mask as coco
 from sparrow_client import (
     Answer,
     CapacityExceeded,
-    FrameMasks,
     InvalidInput,
     Objects,
     ServerUnavailable,
@@ -19,6 +18,8 @@ from sparrow_client import (
     TrackedObject,
 )
 from sparrow_client import segment as cli
+
+from tests.responses import masks_of
 
 HEIGHT, WIDTH = 24, 33
 FIELDS = {
@@ -37,9 +38,7 @@ def answer_for(num_frames, phrases):
     objects = [TrackedObject(phrase, np.zeros(4, np.float32), boxes[index:], boxes[: index + 1]) for index, phrase in enumerate(phrases)]
     numbers = rng.random((num_frames, len(phrases))).astype(np.float32)
     frames = [
-        FrameMasks(
-            index, rng.random((len(phrases), HEIGHT, WIDTH)) < 0.4, numbers[index], numbers[index] - 0.5, numbers[index] > 0.5, "tracked"
-        )
+        masks_of(index, rng.random((len(phrases), HEIGHT, WIDTH)) < 0.4, (numbers[index], numbers[index] - 0.5))
         for index in range(num_frames)
     ]
     return Answer(Summary(FIELDS["answer"], "tracked", "text_only", FIELDS["timings_ms"], FIELDS), objects, frames)

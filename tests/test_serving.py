@@ -22,6 +22,7 @@ from sparrow_client import (
     FrameMasks,
     InvalidInput,
     Objects,
+    Prompt,
     ServerUnavailable,
     SparrowClient,
     SparrowClientError,
@@ -198,10 +199,8 @@ def track_inputs(frame, **objects):
 def test_tracking_an_answer_frame_by_frame_equals_the_answer(client):
     frames = clip(5)
     answer = client.segment(frames, PROMPT)
-    entry = answer.objects[0]
-    owners = np.zeros(len(entry.boxes), np.int32)
-    with client.track(embeddings=entry.embedding[None], boxes=entry.boxes, box_objects=owners) as session:
-        tracked = [session.push(frame) for frame in frames]
+    with client.track([answer.objects[0].prompt(0)], in_flight=0) as session:
+        tracked = [result for frame in frames for result in session.push(frame)]
     for one, other in zip(answer.frames, tracked, strict=True):
         np.testing.assert_array_equal(one.masks, other.masks)
 
@@ -210,10 +209,9 @@ def test_sessions_side_by_side_equal_each_alone(server):
     def follow(seed):
         rng = np.random.default_rng(seed)
         height, width = (int(side) for side in rng.integers(40, 90, 2))
-        corner = rng.uniform(0, 0.5, (1 + seed % 3, 2))
-        boxes = np.concatenate([corner, corner + 0.4], 1).astype(np.float32)
-        with SparrowClient(server.url, timeout_s=60) as client, client.track(boxes=boxes) as session:
-            return [session.push(draw_frame(index / 6, height, width)).masks for index in range(6)]
+        prompts = [Prompt(index, boxes=[*corner, *corner + 0.4]) for index, corner in enumerate(rng.uniform(0, 0.5, (1 + seed % 3, 2)))]
+        with SparrowClient(server.url, timeout_s=60) as client, client.track(prompts, in_flight=0) as session:
+            return [session.push(draw_frame(index / 6, height, width))[0].masks for index in range(6)]
 
     alone = [follow(seed) for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:
@@ -284,60 +282,68 @@ def test_refusals_carry_their_status_for_callers_without_our_client(server):
         assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
+BOX = Prompt(0, boxes=[0.1, 0.1, 0.5, 0.5])
 BAD_FRAMES = {
     "1x1": (np.zeros((1, 1, 3), np.uint8), InvalidInput, "sparrow_track.frame: got a frame of 1x1 px"),
     "8000x8000": (np.zeros((8000, 8000, 3), np.uint8), InvalidInput, "sparrow_track.frame: got a frame of 8000x8000 px"),
-    "float": (np.zeros((40, 40, 3), np.float32), InvalidInput, "sparrow_track.frame: got dtype float32"),
-    "grey": (np.zeros((40, 40, 1), np.uint8), InvalidInput, "frame"),
+    "float": (np.zeros((40, 40, 3), np.float32), InvalidInput, "sparrow_track.frame: got [40, 40, 3] float32"),
+    "grey": (np.zeros((40, 40, 1), np.uint8), InvalidInput, "sparrow_track.frame: got [40, 40, 1] uint8"),
+    "other size": (GOOD[0, 1:], InvalidInput, "tracker: got a frame of 59x80 px, expected 60x80 px"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FRAMES)
 def test_bad_frame_is_refused_and_the_session_goes_on(client, case):
     frame, kind, message = BAD_FRAMES[case]
-    with client.track(boxes=np.array([[0.1, 0.1, 0.5, 0.5]], np.float32)) as session:
-        before = session.push(GOOD[0])
+    with client.track([BOX], in_flight=0) as session:
+        (before,) = session.push(GOOD[0])
         with pytest.raises(kind, match=None) as error:
             session.push(frame)
         assert message in str(error.value)
-        after = session.push(GOOD[1])
+        assert error.value.frame_idx == 1
+        (after,) = session.push(GOOD[1])
+    assert (before.frame_idx, after.frame_idx) == (0, 1)
     assert before.masks.shape == after.masks.shape == (1, *GOOD.shape[1:3])
 
 
 def test_track_without_start_unknown_and_ended_sessions_are_told_so(server, client):
-    with client.track(boxes=np.array([[0.1, 0.1, 0.5, 0.5]], np.float32)) as session:
+    with client.track([BOX]) as session:
         session.push(GOOD[0])
     for session_id in (4242, session.session_id):
-        session = client.track(boxes=np.array([[0.1, 0.1, 0.5, 0.5]], np.float32))
-        session.session_id, session.frame_idx = session_id, 1
+        session = client.track([BOX], in_flight=0)
+        session._protocol.session_id, session._protocol.frame_idx = session_id, 1
         with pytest.raises(UnknownSession, match=r"must specify the START flag.*open a new one"):
             session.push(GOOD[0])
 
 
-def test_session_with_bad_objects_is_refused(client):
-    def start(**objects):
-        with client.track(**objects) as session:
-            session.push(GOOD[0])
+BAD_OBJECTS = {
+    "none": ([], InvalidInput, "got no objects with START"),
+    "too many": ([Prompt(index, points=[0.5, 0.5]) for index in range(17)], CapacityExceeded, "got 17 objects .*, expected at most 16"),
+    "turned box": ([Prompt(0, boxes=[0.5, 0.1, 0.1, 0.5])], InvalidInput, "expected x1 <= x2 and y1 <= y2"),
+    "mask of another size": ([Prompt(0, mask=np.ones((3, 4), bool))], InvalidInput, "tracker.masks: got masks of 3x4 px"),
+}
 
-    with pytest.raises(InvalidInput, match="got no objects with START"):
-        start()
-    with pytest.raises(InvalidInput, match=rf"tracker.box_objects: got values .*, expected 0..{settings.MAX_OBJECTS - 1}"):
-        start(boxes=np.tile(np.float32([0.1, 0.1, 0.5, 0.5]), (settings.MAX_OBJECTS + 1, 1)))
-    with pytest.raises(InvalidInput, match="got none for object 0"):
-        start(boxes=np.float32([[0.1, 0.1, 0.5, 0.5]]), box_objects=[1])
+
+@pytest.mark.parametrize("case", BAD_OBJECTS)
+def test_session_with_bad_objects_is_refused_and_leaves_nothing_behind(client, case):
+    prompts, kind, message = BAD_OBJECTS[case]
+    with client.track(prompts, in_flight=0) as refused, pytest.raises(kind, match=message) as error:
+        refused.push(GOOD[0])
+    assert error.value.frame_idx == 0
+    with client.track([BOX], in_flight=0) as again, pytest.raises(UnknownSession, match="must specify the START flag"):
+        again._protocol.session_id, again._protocol.frame_idx = refused.session_id, 1
+        again.push(GOOD[0])
 
 
 def test_sessions_beyond_the_cap_are_refused_until_one_ends(server, client):
-    box = np.float32([[0.1, 0.1, 0.5, 0.5]])
-    sessions = [client.track(boxes=box) for _ in range(settings.MAX_SESSIONS + 1)]
+    sessions = [client.track([BOX], in_flight=0) for _ in range(settings.MAX_SESSIONS + 1)]
     try:
         for session in sessions[:-1]:
             session.push(GOOD[0])
         with pytest.raises(CapacityExceeded, match=f"all {settings.MAX_SESSIONS} are in use. Retry when one has ended"):
             sessions[-1].push(GOOD[0])
         sessions[0].close()
-        with client.track(boxes=box) as session:
-            session.push(GOOD[0])
+        assert [result.frame_idx for result in sessions[-1].push(GOOD[0])] == [0]
     finally:
         for session in sessions:
             session.close()

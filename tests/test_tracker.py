@@ -23,7 +23,7 @@ from ensemble.memory import bank_bytes
 from ensemble.runner import CLOSING, Host, SequenceRequest
 from ensemble.sessions import SessionStore
 from ensemble.tracker import Limits, Tracker, buckets
-from export.runners import TorchDevice, TorchGraph
+from export.runners import OnnxGraph, TorchDevice, TorchGraph
 
 SAM2, CONTRACTS = TINY.sam2, components(TINY)
 PARTS = CONTRACTS["tracker"].parts
@@ -400,11 +400,11 @@ def test_memories_are_given_with_their_rows_and_distances_to_the_objects_of_each
 def check_interleaved(graphs, rng, device):
     """Sessions that take turns in random groups, against each object alone."""
     tracker = Tracker(TINY, graphs, device)
-    sessions = dict(enumerate(rng.sample(list(OBJECTS.values()), 6), start=1))
+    sessions = dict(enumerate(rng.sample(list(OBJECTS.values()), 16), start=1))
     tracks = {session: slow_tracks(graphs, objects) for session, objects in sessions.items()}
     seen = dict.fromkeys(sessions, 0)
     while min(seen.values()) < 3:
-        chosen = rng.sample(sorted(sessions), rng.randint(1, len(sessions)))
+        chosen = rng.sample(sorted(sessions), rng.randint(1, settings.MAX_FRAME_BATCH))
         seeds = {session: 100 * session + seen[session] for session in chosen}
         requests = [
             request(session, seeds[session], None if seen[session] else sessions[session], start=not seen[session]) for session in chosen
@@ -423,6 +423,26 @@ def test_interleaved_sessions_equal_each_object_alone(graphs, seed):
 @pytest.mark.parametrize("device", [Host(), TorchDevice()], ids=["host", "torch"])
 def test_interleaved_sessions_equal_each_object_alone_on_torch_graphs(torch_graphs, device):
     check_interleaved(torch_graphs, random.Random(0), device)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_logits_do_not_depend_on_who_shares_the_step(repository, seed):
+    graphs = {name: OnnxGraph(repository / "tracker" / "1" / f"{name}.onnx") for name in PARTS}
+    rng, sessions = random.Random(seed), dict(enumerate(random.Random(seed).sample(list(OBJECTS.values()), 16)))
+
+    def frame(session, frame_idx):
+        objects = None if frame_idx else sessions[session]
+        return request(session, 100 * session + frame_idx, objects, start=not frame_idx, mask_format="logits")
+
+    alone, together = Tracker(TINY, graphs), Tracker(TINY, graphs)
+    expected = {session: [alone.step([frame(session, frame_idx)])[0] for frame_idx in range(9)] for session in sessions}
+    seen = dict.fromkeys(sessions, 0)
+    while waiting := [session for session, count in seen.items() if count < 9]:
+        chosen = rng.sample(waiting, rng.randint(1, min(len(waiting), settings.MAX_FRAME_BATCH)))
+        results = together.step([frame(session, seen[session]) for session in chosen])
+        for session, result in zip(chosen, results, strict=True):
+            np.testing.assert_allclose(result["mask_logits"], expected[session][seen[session]]["mask_logits"], rtol=0, atol=1e-4)
+            seen[session] += 1
 
 
 def test_objects_are_both_present_and_absent_in_these_tests(tracker):
