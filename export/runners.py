@@ -338,11 +338,33 @@ def open_graph(parameters: Mapping[str, str], folder: Path, component: str, conf
 
 
 def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str], config: ModelConfig) -> dict[str, Graph]:
-    """Several components' graphs, as `open_graph`, each run once so that the first request need not wait for it."""
-    graphs = {name: open_graph(parameters, folder, name, config) for name in names}
+    """Several components' graphs, as `open_graph`, with the weights that they share held once; each is run once, so that the first request
+    need not wait for it.
+    """
+    engine = Engine.from_parameters(parameters)
+    graphs: dict[str, Graph] = {}
+    if engine.engine_kind == "torch":
+        modules = {name: load_module(engine_path(engine, folder, name), name, config) for name in names}
+        share_weights(list(modules.values()))
+        graphs |= {name: TorchGraph(module, name, engine.precision) for name, module in modules.items()}
+    else:
+        graphs |= {name: open_graph(parameters, folder, name, config) for name in names}
     for name, graph in graphs.items():
         graph.run(components(config)[name].sample(seed=0))
     return graphs
+
+
+def share_weights(modules: Sequence[nn.Module]) -> None:
+    """Lets modules hold weights of one name and value once, as the CLIP tower that clips and images go through."""
+    import torch
+
+    held: dict[str, nn.Parameter] = {}
+    for module in modules:
+        for name, parameter in list(module.named_parameters()):
+            known = held.setdefault(name, parameter)
+            if known is not parameter and known.dtype == parameter.dtype and torch.equal(known, parameter):
+                owner, _, attribute = name.rpartition(".")
+                setattr(module.get_submodule(owner), attribute, known)
 
 
 def open_device(parameters: Mapping[str, str]) -> Device:

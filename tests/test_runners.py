@@ -7,7 +7,7 @@ import torch
 from ensemble.components import components
 from ensemble.config import TINY
 from export.models import graph_class
-from export.runners import POSITIONS_STEP, Engine, TorchDecoder, TorchGraph, load_module, open_graph, save_module
+from export.runners import POSITIONS_STEP, Engine, TorchDecoder, TorchGraph, load_module, open_graph, save_module, share_weights
 
 WIDTH = TINY.language.width
 
@@ -30,6 +30,21 @@ def test_engine_that_there_is_not_is_refused(fields, message):
     with pytest.raises(ValueError) as refused:
         Engine(**fields)
     assert str(refused.value) == message
+
+
+def test_modules_of_one_process_hold_equal_weights_once_and_others_apart():
+    clips, images, stranger = module("vision_encoder"), module("image_encoder"), module("vision_encoder")
+    images.context_tower.load_state_dict(clips.context_tower.state_dict())
+    with torch.no_grad():
+        stranger.context_tower.get_parameter(name := next(iter(dict(stranger.context_tower.named_parameters())))).add_(1)
+    before = {id(one): [tensor.clone() for tensor in one.state_dict().values()] for one in (clips, images, stranger)}
+    share_weights([clips, images, stranger])
+    for own, shared in zip(clips.context_tower.parameters(), images.context_tower.parameters(), strict=True):
+        assert own is shared
+    assert stranger.context_tower.get_parameter(name) is not clips.context_tower.get_parameter(name)
+    for one in (clips, images, stranger):
+        for tensor, expected in zip(one.state_dict().values(), before[id(one)], strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
