@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from sam2.modeling.backbones.hieradet import Hiera
@@ -27,7 +28,9 @@ from export.checkpoints import Checkpoint
 from export.models.layers import Graph
 from export.runners import OnnxGraph, TorchGraph
 from export.to_onnx import onnx_from_torch
-from tests import goldens
+
+if TYPE_CHECKING:
+    from tests import goldens
 
 
 def config_at(image_size: int, sam21: bool = False) -> ModelConfig:
@@ -43,16 +46,17 @@ class Oracle(Checkpoint):
         config: sizes.
         seed: of the weights.
         kind: what to build; only a plain SAM2Base takes texts.
+        spread: of what is added to the initial weights; smaller where layers are wider.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0, kind: type[SAM2Base] = SAM2Base) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, kind: type[SAM2Base] = SAM2Base, spread: float = 0.1) -> None:
         self.root = Path("sam2")
         self.config = config
         self.sam2 = sam2_base(config.sam2, kind).requires_grad_(False).eval()
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.sam2.parameters():
             # Far from the zeros and ones of the initialisation, which would hide a missing table, norm or layer scale.
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
         state = {name.replace(".gamma", ".weight"): tensor for name, tensor in self.sam2.state_dict().items()}  # spec 7.0
         self._tensors = {"sparrow": {"model.visual_model." + name: tensor for name, tensor in state.items()}}
 
@@ -75,6 +79,7 @@ def sam2_base(sam2: Sam2Config, kind: type[SAM2Base]) -> SAM2Base:
         sigmoid_scale_for_mem_enc=20.0,
         sigmoid_bias_for_mem_enc=-10.0,
         binarize_mask_from_pts_for_mem_enc=True,
+        use_mask_input_as_output_without_sam=True,
         directly_add_no_mem_embed=True,
         use_high_res_features_in_sam=True,
         multimask_output_in_sam=True,
@@ -174,17 +179,23 @@ def flat(x: Tensor) -> Tensor:
     return x.flatten(2).permute(2, 0, 1)
 
 
+def golden_checkpoint(pack: str) -> Checkpoint:
+    from tests import goldens  # needs the client's packages, which a GPU host that only tracks has not
+
+    return goldens.checkpoint(pack)
+
+
 @cache
 def component(pack: str, name: str) -> Graph:
     """A component with the weights of a golden pack."""
-    return goldens.checkpoint(pack).build(name)
+    return golden_checkpoint(pack).build(name)
 
 
 def encoded_frame(case: goldens.Case, frame_idx: int) -> tuple[Tensor, Tensor, Tensor]:
     """frame_embeddings, high_res_1, high_res_0 of a frame of a golden case; encoded once per input, which cases share."""
     key = (case.pack, case.meta["frames"], frame_idx)
     if key not in _encoded:
-        grounding = frames.grounding_frame(case.frames[frame_idx], goldens.checkpoint(case.pack).config)
+        grounding = frames.grounding_frame(case.frames[frame_idx], golden_checkpoint(case.pack).config)
         _encoded[key] = component(case.pack, "frame_encoder")(torch.from_numpy(grounding)[None])
     return _encoded[key]
 
@@ -210,7 +221,7 @@ def decode_golden(
         mask_prompts: [O, 256, 256]
         conditioned: [O, C, 64, 64] from memory attention; the frame's own embedding where not given.
     """
-    sam2 = goldens.checkpoint(case.pack).config.sam2
+    sam2 = golden_checkpoint(case.pack).config.sam2
     embeddings, high_res_1, high_res_0 = encoded_frame(case, frame_idx)
     given = [x for x in (points, text, mask_prompts, conditioned) if x is not None]
     objects = len(given[0])
@@ -239,7 +250,7 @@ def gated(mask_logits: Tensor, object_scores: Tensor) -> Tensor:
 def conditioning_steps(case: goldens.Case) -> dict[str, tuple[Tensor, Tensor]]:
     """Frame 0 of a tracked golden case: (mask logits, pointer) of each object after its text and after each of its boxes."""
     height, width = case.expected["orig_hw"]
-    to_grounding = goldens.checkpoint(case.pack).config.sam2.image_size / torch.tensor([width, height], dtype=torch.float32)
+    to_grounding = golden_checkpoint(case.pack).config.sam2.image_size / torch.tensor([width, height], dtype=torch.float32)
     steps = {}
     for n, text in enumerate(torch.from_numpy(case.expected["seg.emb"])):
         mask, _, score, pointer = decode_golden(case, 0, [PAD, PAD, TEXT], text=text[None], multimask=True)
@@ -271,6 +282,6 @@ def frame_1(case: goldens.Case) -> Tensor:
     """[O, C, 64, 64] frame 1 of a tracked golden case, conditioned on frame 0."""
     _, pointers, maps = conditioned_objects(case)
     objects = len(maps)
-    rows = torch.full((objects, 1), goldens.checkpoint(case.pack).config.sam2.num_maps - 1)
+    rows = torch.full((objects, 1), golden_checkpoint(case.pack).config.sam2.num_maps - 1)
     memory = maps[:, None], rows, pointers[:, None], torch.ones(objects, 1, dtype=torch.int64)
     return component(case.pack, "memory_attention")(encoded_frame(case, 1)[0], torch.zeros(objects, dtype=torch.int64), *memory)
