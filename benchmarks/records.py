@@ -25,10 +25,10 @@ def record(
         "suite": suite,
         "workload": workload,
         "metric": metric,
-        "value": round(float(value), 3),
+        "value": float(f"{value:.6g}"),
         "unit": unit,
         "n": len(samples),
-        "spread": round(float(high - low), 3),
+        "spread": float(f"{high - low:.6g}"),
         "env": env,
     }
 

@@ -21,7 +21,7 @@ def table(results: Path) -> str:
     """A Markdown table of the latest figures, and what they were measured on."""
     lines = latest(results)
     rows = [
-        f"| {workload} | {metric} | {line['value']:.1f} {line['unit']} | {line['n']} | {line['spread']:.1f} |"
+        f"| {workload} | {metric} | {line['value']:.4g} {line['unit']} | {line['n']} | {line['spread']:.4g} |"
         for (workload, metric), line in lines.items()
     ]
     env = next(reversed(lines.values()))["env"]
