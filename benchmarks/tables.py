@@ -12,7 +12,7 @@ from pathlib import Path
 from .records import RESULTS, latest
 
 ROOT = RESULTS.parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "parity" / "full_size.md")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs" / "parity").glob("*.md")))
 SHOWN = ("gpu", "driver", "torch", "tritonserver", "preset", "precision", "git", "date")
 """What a table says of the machine and the server that it was measured on."""
 
