@@ -22,7 +22,7 @@ import triton_python_backend_utils as pb_utils
 from . import settings
 from .components import components
 from .config import ModelConfig
-from .errors import ComponentFailed, SparrowError, from_wire, to_wire
+from .errors import SparrowError, from_wire, known, to_wire
 from .graph import parts
 from .metrics import Metric, Metrics
 from .pipeline import Pipeline
@@ -50,12 +50,6 @@ def to_response(result: Arrays | SparrowError) -> Any:
 def to_error(error: SparrowError, text: str) -> Any:
     """An error response under the status code of `error`."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, error.triton_code)))
-
-
-def unexpected(name: str, error: Exception) -> ComponentFailed:
-    """What the caller is told of a bug; the log gets the trace."""
-    logging.getLogger(name).exception("request failed")
-    return ComponentFailed(f"{name}: {type(error).__name__}: {error}. See the server's log.")
 
 
 class Model:
@@ -103,7 +97,7 @@ class GraphModel(Model):
         try:
             return self.graph.run(inputs)
         except Exception as error:
-            return unexpected(self.name, error)
+            return known(self.name, error)
 
 
 class FunctionModel(Model):
@@ -117,10 +111,8 @@ class FunctionModel(Model):
     def _run(self, inputs: Arrays) -> Arrays | SparrowError:
         try:
             return add_batch(self.function(inputs, self.config))
-        except SparrowError as error:
-            return error
         except Exception as error:
-            return unexpected(self.name, error)
+            return known(self.name, error)
 
 
 class SequenceModel(Model):
@@ -128,8 +120,13 @@ class SequenceModel(Model):
 
     server: Stateful
 
+    triton_idle_s: float
+    """Seconds without a request after which Triton forgets a sequence."""
+
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
+        batching = json.loads(args["model_config"])["sequence_batching"]
+        self.triton_idle_s = int(batching["max_sequence_idle_microseconds"]) / 1e6
         self.server = self.open_server()
         self.lock, self._closing = Lock(), Event()
         self._sweeper = Thread(target=self._keep_sweeping, name=f"{self.name} sweeper", daemon=True)
@@ -160,7 +157,7 @@ class SequenceModel(Model):
             with self.lock:
                 results = self.server.step([self._read(request) for request in requests])
         except Exception as error:
-            return [to_response(unexpected(self.name, error)) for _ in requests]
+            return [to_response(known(self.name, error)) for _ in requests]
         return [to_response(result if isinstance(result, SparrowError) else add_batch(result)) for result in results]
 
     def _read(self, request: Any) -> SequenceRequest:
@@ -205,7 +202,7 @@ class StreamModel(Model):
                 sender.send(to_response(response))
             sender.send(flags=final)
         except Exception as error:
-            failure = error if isinstance(error, SparrowError) else unexpected(self.name, error)
+            failure = known(self.name, error)
             # Streams carry an error's text only, so the status stands in it, in the form that unary errors are printed in. The
             # final flag goes with it: Triton 24.10 crashes when it follows an error that has closed the stream (ADR 0003).
             sender.send(to_error(failure, f"[StatusCode.{failure.grpc_status}] {to_wire(failure)}"), flags=final)

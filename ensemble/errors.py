@@ -8,6 +8,7 @@ SparrowError
 └── ComponentFailed   INTERNAL      a model behind this one failed: see the server's log
 """
 
+import logging
 import re
 
 
@@ -53,6 +54,14 @@ class ComponentFailed(SparrowError):
 
     triton_code = "INTERNAL"
     grpc_status = "INTERNAL"
+
+
+def known(component: str, error: Exception) -> SparrowError:
+    """An error as it is, or what the caller is told of a bug; the log gets the trace."""
+    if isinstance(error, SparrowError):
+        return error
+    logging.getLogger(component).error("request failed", exc_info=error)
+    return ComponentFailed(f"{component}: {type(error).__name__}: {error}. See the server's log.")
 
 
 def to_wire(error: SparrowError) -> str:

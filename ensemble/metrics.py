@@ -102,6 +102,6 @@ class Metrics:
 
     def take(self) -> Metrics:
         """What came together since this was last called."""
-        taken = copy(self)
-        self.__init__()  # type: ignore[misc]
+        taken, fresh = copy(self), Metrics()
+        self.counts, self.observations = fresh.counts, fresh.observations
         return taken

@@ -28,7 +28,7 @@ class ObjectPrompt:
         boxes: [4] float32 each, xyxy, normalised.
         points: [2] float32 each, x, y, normalised.
         point_labels: 1 on the object, 0 beside it.
-        mask: [H, W] bool, of the frame's size.
+        mask: [S, S] bool, stretched over the grounding frame.
     """
 
     text: Array | None = None
@@ -51,11 +51,6 @@ class ObjectPrompt:
             turns.append(Prompt((*labels, PAD), multimask=len(labels) == 1, points=pixels))
         return turns
 
-    def drawn(self, sam2: Sam2Config) -> Array:
-        """[S, S] bool: the mask over the grounding frame."""
-        assert self.mask is not None
-        return stretch_mask(self.mask, sam2.image_size)
-
 
 @dataclass(frozen=True)
 class Edits:
@@ -72,13 +67,14 @@ class Edits:
     reset: bool
 
 
-def read_edits(inputs: Arrays, reset: bool, size: tuple[int, int]) -> Edits:
+def read_edits(inputs: Arrays, reset: bool, size: tuple[int, int], image_size: int) -> Edits:
     """The edits of a request.
 
     Args:
         inputs: of the component `tracker`, which satisfy its contract.
         reset: the parameter of that name.
         size: height and width of the frame.
+        image_size: side of the grounding frame.
     Raises:
         InvalidInput: prompts without owner, not finite, outside the frame, contradicting each other, or more than fit.
     """
@@ -97,7 +93,7 @@ def read_edits(inputs: Arrays, reset: bool, size: tuple[int, int]) -> Edits:
     for id, point, label in zip(owned["points"], check_points(inputs.get("points", np.zeros((0, 2)))), labels, strict=True):
         started[id].points.append(point)
         started[id].point_labels.append(int(label))
-    for id, mask in zip(owned["masks"], check_masks(inputs.get("masks", np.zeros((0, *size), bool)), size), strict=True):
+    for id, mask in zip(owned["masks"], drawn_masks(inputs.get("masks", np.zeros((0, *size), bool)), size, image_size), strict=True):
         started[id].mask = mask
     check_objects(started, owned)
     return Edits(started, frozenset(inputs.get("removed_objects", np.zeros(0, np.int32)).tolist()), reset)
@@ -137,14 +133,15 @@ def check_points(points: Array) -> Array:
     return points
 
 
-def check_masks(masks: Array, size: tuple[int, int]) -> Array:
-    """`masks`; raises InvalidInput where they are empty or not of the frame's size."""
+def drawn_masks(masks: Array, size: tuple[int, int], image_size: int) -> list[Array]:
+    """Masks over the grounding frame; raises InvalidInput where they are not of the frame's size, or nothing is left of one."""
     if masks.shape[1:] != size:
         got, expected = ("x".join(map(str, shape)) for shape in (masks.shape[1:], size))
         raise InvalidInput(f"tracker.masks: got masks of {got} px, expected {expected} px as the frame. Resize them.")
-    if not masks.any((1, 2)).all():
-        raise InvalidInput("tracker.masks: got an empty mask, expected an object in it. Leave that object out.")
-    return masks
+    drawn = [stretch_mask(mask, image_size) for mask in masks]
+    if not all(mask.any() for mask in drawn):
+        raise InvalidInput(f"tracker.masks: got a mask that is empty at {image_size}x{image_size} px, expected an object. Leave it out.")
+    return drawn
 
 
 def check_objects(started: dict[int, ObjectPrompt], owned: dict[str, list[int]]) -> None:

@@ -93,11 +93,11 @@ SWEEP_S = 1
 """How often idle sessions are looked for and figures are passed to /metrics."""
 
 # Batching -------------------------------------------------------------------------------------------------------------
-TRITON_IDLE_S = 600
+TRITON_IDLE_S = 120
 """Triton forgets a tracking session later than the tracker itself, which then still says why it was closed."""
-TRITON_SEQUENCES = 4096
-"""Tracking sessions that Triton lets through to the tracker, which refuses surplus ones with a message; a client that vanishes holds
-one until TRITON_IDLE_S."""
+TRITON_SEQUENCES = 32768
+"""Tracking sessions that Triton lets through to the tracker, which refuses surplus ones with a message. A client that vanishes, or is
+refused and sends no END, holds one until TRITON_IDLE_S: enough for 270 a second."""
 BATCH_DELAY_US = 500
 """How long a frame waits for frames of other sessions to share its step."""
 MAX_FRAME_BATCH = 8

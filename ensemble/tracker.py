@@ -19,7 +19,7 @@ from . import masks, metrics, settings
 from .components import components
 from .config import ModelConfig
 from .decoding import TRACKED, Prompt, decode_masks, gate, gated
-from .errors import Cancelled, CapacityExceeded, InvalidInput, SparrowError
+from .errors import Cancelled, CapacityExceeded, InvalidInput, SparrowError, known
 from .memory import MemoryBank, bank_bytes
 from .options import TrackOptions
 from .prompts import Edits, ObjectPrompt, read_edits
@@ -44,16 +44,22 @@ class Limits:
         for name, value in vars(self).items():
             if value <= 0:
                 raise ValueError(f"tracker: got {name} = {value}, expected 1 or more.")
-        if self.session_idle_s >= settings.TRITON_IDLE_S:
-            raise ValueError(
-                f"tracker: got session_idle_s = {self.session_idle_s}, expected less than {settings.TRITON_IDLE_S}, after which Triton "
-                "itself forgets a session."
-            )
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping[str, str]) -> Limits:
-        """Raises ValueError that names a limit which is missing or no number."""
-        return cls(**{entry.name: int(parameters[entry.name]) for entry in fields(cls)})
+    def from_parameters(cls, parameters: Mapping[str, str], triton_idle_s: float) -> Limits:
+        """The limits of a config.pbtxt; raises ValueError for one that makes no sense there.
+
+        Args:
+            parameters: name to number.
+            triton_idle_s: after which Triton itself forgets a session, and nobody could say why any more.
+        """
+        limits = cls(**{entry.name: int(parameters[entry.name]) for entry in fields(cls)})
+        if limits.session_idle_s >= triton_idle_s:
+            raise ValueError(
+                f"tracker: got session_idle_s = {limits.session_idle_s}, expected less than the {triton_idle_s:g} s of "
+                "max_sequence_idle_microseconds in the same config.pbtxt. Raise that too."
+            )
+        return limits
 
 
 @dataclass
@@ -161,12 +167,12 @@ class Tracker:
                     results[position] = self._respond([], TrackState((1, 1)), TrackOptions())
                 else:
                     frames[position] = frame
-            except SparrowError as error:
-                results[position] = error
+            except Exception as error:
+                results[position] = known("tracker", error)
         try:
             results |= zip(frames, self._track(list(frames.values())), strict=True)
-        except SparrowError as error:
-            results |= dict.fromkeys(frames, error)
+        except Exception as error:
+            results |= dict.fromkeys(frames, known("tracker", error))
         finally:
             for frame in frames.values():
                 frame.state.num_objects = len(frame.state.banks)
@@ -184,10 +190,14 @@ class Tracker:
         self._report()
 
     def _report(self) -> None:
-        objects = sum(state.num_objects for state in self.sessions.states())
+        objects = self._num_objects()
         self.metrics.set(metrics.SESSIONS, len(self.sessions))
         self.metrics.set(metrics.OBJECTS, objects)
         self.metrics.set(metrics.MEMORY, objects * self._bank_bytes)
+
+    def _num_objects(self, but: TrackState | None = None) -> int:
+        """Objects of all sessions but one."""
+        return sum(state.num_objects for state in self.sessions.states() if state is not but)
 
     # Admission -------------------------------------------------------------------------------------------------------
 
@@ -203,7 +213,7 @@ class Tracker:
         missing = [name for name in FRAME_TENSORS if name not in request.inputs]
         if missing:
             raise InvalidInput(f"tracker.{missing[0]}: got nothing, expected the features of a frame. Add them to the request.")
-        edits = read_edits(request.inputs, options.reset, (height, width))
+        edits = read_edits(request.inputs, options.reset, (height, width), self._config.sam2.image_size)
         if request.start:
             if not edits.started:
                 raise InvalidInput(
@@ -211,7 +221,11 @@ class Tracker:
                 )
             if options.reset:
                 self.sessions.close(request.session_id)
-            state = self._limited("sessions", lambda: self.sessions.open(request.session_id, TrackState((height, width))))
+            try:
+                state = self.sessions.open(request.session_id, TrackState((height, width)))
+            except CapacityExceeded:
+                self.metrics.add(metrics.LIMITED, 1, "sessions")
+                raise
         else:
             state = self.sessions.get(request.session_id)
         try:
@@ -236,35 +250,20 @@ class Tracker:
 
     def _reserve(self, session_id: int, state: TrackState, num_objects: int) -> None:
         """Makes sure that there is room for the objects of a session; raises CapacityExceeded."""
-
-        def check() -> None:
-            if num_objects > self._limits.max_session_objects:
+        limits, got = self._limits, f"tracker: got {num_objects} objects for session {session_id}"
+        grows = num_objects > state.num_objects
+        if grows and num_objects > limits.max_session_objects:
+            self.metrics.add(metrics.LIMITED, 1, "session_objects")
+            raise CapacityExceeded(f"{got}, expected at most {limits.max_session_objects}. Remove some, or open another session for them.")
+        most = limits.max_memory_mib * 2**20 // self._bank_bytes
+        while grows and (others := self._num_objects(but=state)) + num_objects > most:
+            if not self.sessions.evict(keep=session_id):
+                self.metrics.add(metrics.LIMITED, 1, "memory")
                 raise CapacityExceeded(
-                    f"tracker: got {num_objects} objects for session {session_id}, expected at most {self._limits.max_session_objects}. "
-                    "Remove some, or spread them over several sessions."
+                    f"{got}, but the {limits.max_memory_mib} MiB of memory hold {most}, and {others} are in use. "
+                    "Retry when a session has ended, or track fewer."
                 )
-
-        def make_room() -> None:
-            most = self._limits.max_memory_mib * 2**20 // self._bank_bytes
-            while (others := sum(other.num_objects for other in self.sessions.states() if other is not state)) + num_objects > most:
-                if not self.sessions.evict(keep=session_id):
-                    raise CapacityExceeded(
-                        f"tracker: got {num_objects} objects for session {session_id}, but the {self._limits.max_memory_mib} MiB of memory "
-                        f"hold {most}, and {others} are in use. Retry when a session has ended, or track fewer."
-                    )
-
-        if num_objects > state.num_objects:
-            self._limited("session_objects", check)
-            self._limited("memory", make_room)
         state.num_objects = num_objects
-
-    def _limited(self, limit: str, action: Any) -> Any:
-        """What `action` returns; counts the limit where it is reached."""
-        try:
-            return action()
-        except CapacityExceeded:
-            self.metrics.add(metrics.LIMITED, 1, limit)
-            raise
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -347,7 +346,7 @@ class Tracker:
         """The prompts of each object in turn, all but the first with the mask so far (spec 7.3 A, B); a drawn mask is the result itself."""
         state: Arrays = {}
         with self._stage("start"):
-            drawn = {i: t.start.drawn(self._config.sam2) for i, t in enumerate(chunk) if t.start is not None and t.start.mask is not None}
+            drawn = {i: t.start.mask for i, t in enumerate(chunk) if t.start is not None and t.start.mask is not None}
             turns = [[] if target.start is None else target.start.turns(self._config.sam2) for target in chunk]
             for index, prompt in zip(drawn, self._mask_prompts(list(drawn.values())), strict=True):
                 turns[index] = [prompt]

@@ -79,14 +79,14 @@ def test_scheduling_follows_from_how_the_component_is_served(preset, name):
 def test_idle_timeouts_and_capacities_are_those_of_the_sessions(preset):
     _, configs = preset
     tracker, language = configs["tracker"].sequence_batching, configs["language_model"].sequence_batching
-    limits = Limits.from_parameters({name: value.string_value for name, value in configs["tracker"].parameters.items()})
-    assert limits == Limits()
     # A session that the tracker closed is still known to Triton, so that its next request reaches the tracker and is told why.
-    assert tracker.max_sequence_idle_microseconds == settings.TRITON_IDLE_S * 1e6 > 2e6 * limits.session_idle_s
+    assert tracker.max_sequence_idle_microseconds == settings.TRITON_IDLE_S * 1e6
+    parameters = {name: value.string_value for name, value in configs["tracker"].parameters.items()}
+    assert Limits.from_parameters(parameters, settings.TRITON_IDLE_S) == Limits()
     assert language.max_sequence_idle_microseconds == settings.GENERATION_IDLE_S * 1e6
     # Surplus answers wait for a slot; surplus tracking sessions have to get in to be refused with a message.
     assert language.oldest.max_candidate_sequences == configs["language_model"].max_batch_size == settings.MAX_GENERATIONS
-    assert tracker.oldest.max_candidate_sequences > 2 * settings.MAX_SESSIONS
+    assert tracker.oldest.max_candidate_sequences > 100 * settings.MAX_SESSIONS
     assert configs["tracker"].max_batch_size == configs["sparrow_track"].max_batch_size == settings.MAX_FRAME_BATCH
     for sequences in (tracker, language):
         assert sequences.oldest.max_queue_delay_microseconds == settings.BATCH_DELAY_US

@@ -34,14 +34,14 @@ BFLOAT16 = {"rtol": 2**-7, "atol": 1e-3}  # memories are rounded to bfloat16, wh
 
 
 class Checked:
-    """A graph that accepts only what its contract allows, and fails while it is broken; its last inputs are kept."""
+    """A graph that accepts only what its contract allows, and fails while it has an error; its last inputs are kept."""
 
     def __init__(self, graph, contract):
-        self.graph, self.contract, self.broken, self.calls = graph, contract, False, []
+        self.graph, self.contract, self.error, self.calls = graph, contract, None, []
 
     def run(self, inputs):
-        if self.broken:
-            raise ComponentFailed(f"{self.contract.name}: out of memory")
+        if self.error:
+            raise self.error
         self.contract.check_inputs(inputs)
         self.calls.append(inputs)
         return self.graph.run(inputs)
@@ -606,7 +606,16 @@ BAD_REQUESTS = {
     "empty mask": (
         changed(start(9, 0, drawn(4)), masks=np.zeros((1, *SIZE), bool)),
         InvalidInput,
-        "tracker.masks: got an empty mask",
+        "tracker.masks: got a mask that is empty",
+    ),
+    "mask that vanishes": (
+        changed(
+            start(9, 0, drawn(4)),
+            frame_size=np.array([900, 1200], np.int32),
+            masks=np.eye(1200, dtype=bool)[None, :900] & (np.arange(1200) == 7),
+        ),
+        InvalidInput,
+        "tracker.masks: got a mask that is empty at 256x256 px",
     ),
     "mask of another size": (
         changed(start(9, 0, drawn(4)), masks=np.ones((1, 64, 48), bool)),
@@ -694,17 +703,18 @@ def test_bad_request_fails_alone(tracker, graphs, bad, kind, message):
     assert tracker.metrics.counts[metrics.REFUSED, kind.__name__] == 1
 
 
+@pytest.mark.parametrize("error", [ComponentFailed("no answer"), RuntimeError("out of memory")], ids=["known", "bug"])
 @pytest.mark.parametrize("part", ["memory_attention", "mask_decoder", "memory_encoder"])
-def test_frames_fail_and_sessions_stay_where_they_were_when_a_graph_fails(tracker, graphs, part):
+def test_frames_fail_and_sessions_stay_where_they_were_when_a_graph_fails(tracker, graphs, part, error):
     tracks = slow_tracks(graphs, text(1))
     check_response(tracker.step([start(1, 0, text(1))])[0], tracks, features(0))
-    graphs[part].broken = True
+    graphs[part].error = error
     joining = boxes(7)
     *failed, empty = tracker.step([request(1, 1, joining), start(2, 0, text(1)), SequenceRequest(3, CLOSING["tracker"], end=True)])
     assert all(isinstance(error, ComponentFailed) for error in failed)
     assert len(empty["object_ids"]) == 0
     assert len(tracker.sessions) == 1  # session 2 never got its first frame
-    graphs[part].broken = False
+    graphs[part].error = None
     check_response(tracker.step([request(1, 1, frame_idx=1)])[0], tracks, features(1))
     check_banks(tracker, 1, tracks)
 
@@ -854,10 +864,12 @@ def test_metrics_follow_what_happens(tracker):
     assert not tracker.metrics.counts
 
 
-@pytest.mark.parametrize("limits", [{"max_sessions": 0}, {"session_idle_s": settings.TRITON_IDLE_S}])
-def test_limits_that_make_no_sense_are_refused(limits):
-    with pytest.raises(ValueError, match=f"tracker: got {next(iter(limits))} = "):
-        Limits(**limits)
+@pytest.mark.parametrize("changed", [{"max_sessions": "0"}, {"session_idle_s": "120"}])
+def test_limits_that_make_no_sense_are_refused(changed):
+    parameters = {name: str(value) for name, value in vars(Limits()).items()}
+    assert Limits.from_parameters(parameters, 120) == Limits()
+    with pytest.raises(ValueError, match=f"tracker: got {next(iter(changed))} = "):
+        Limits.from_parameters(parameters | changed, 120)
 
 
 # The frame before it reaches the tracker --------------------------------------------------------------------------------
