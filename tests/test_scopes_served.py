@@ -92,19 +92,23 @@ def tracking(sam2, tmp_path_factory):
         yield client
 
 
-def test_sam2_file_tracks_a_box_as_in_this_process(tracking, sam2):
+def test_sam2_file_tracks_a_box_a_point_and_a_mask_as_in_this_process(tracking, sam2):
     graphs = {name: TorchGraph(sam2.build(name), name) for name in sam2.components}
     runner = LocalRunner(graphs)
     runner.stateful["tracker"] = Tracker(sam2.config, graphs)
-    start = {"boxes": BOX, "box_objects": np.zeros(1, np.int32)}
-    with tracking.track([Prompt(0, boxes=BOX)], in_flight=0) as session, open_session(runner, "tracker", {"mask_format": "bits"}) as local:
-        for index, frame in enumerate(CLIP):
+    point, mask = np.array([[0.4, 0.6]], np.float32), np.zeros((1, 60, 80), bool)
+    mask[:, 20:40, 10:50] = True
+    start = {"boxes": BOX, "box_objects": np.array([0], np.int32), "masks": mask, "mask_objects": np.array([2], np.int32)}
+    start |= {"points": point, "point_labels": np.ones(1, np.int32), "point_objects": np.array([1], np.int32)}
+    prompts = [Prompt(0, boxes=BOX), Prompt(1, points=point), Prompt(2, mask=mask[0])]
+    with tracking.track(prompts, in_flight=0) as session, open_session(runner, "tracker", {"mask_format": "bits"}) as local:
+        for index, frame in enumerate(CLIP[:2]):
             inputs = session_frame({"frame": frame}, sam2.config)
             features = runner.run("frame_encoder", {"grounding_frames": inputs["grounding_frames"][None]})
             one_frame = {name: array[0] for name, array in features.items()}
             expected = local.step({**one_frame, "frame_size": inputs["frame_size"], **({} if index else start)})
             (result,) = session.push(frame)
-            assert result.frame_idx == index
+            assert (result.frame_idx, result.object_ids.tolist()) == (index, [0, 1, 2])
             bits = np.unpackbits(expected["mask_bits"], axis=1, count=frame.shape[0] * frame.shape[1]).reshape(result.masks.shape)
             assert (result.masks == bits.astype(bool)).mean() >= 0.998  # ONNX Runtime against torch: memories are rounded to bfloat16
             np.testing.assert_allclose(result.object_scores, expected["object_scores"], atol=1e-2)
