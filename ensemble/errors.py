@@ -57,9 +57,12 @@ class ComponentFailed(SparrowError):
 
 
 def known(component: str, error: Exception) -> SparrowError:
-    """An error as it is, or what the caller is told of a bug; the log gets the trace."""
+    """An error as it is, or what the caller is told of a bug; the log gets the trace.
+
+    A fresh one: who keeps an error with its trace keeps the tensors of the request alive until the garbage collector comes round.
+    """
     if isinstance(error, SparrowError):
-        return error
+        return type(error)(*error.args)
     logging.getLogger(component).error("request failed", exc_info=error)
     return ComponentFailed(f"{component}: {type(error).__name__}: {error}. See the server's log.")
 

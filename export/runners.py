@@ -81,6 +81,8 @@ class OnnxGraph:
         options = onnxruntime.SessionOptions()
         # Every component has a session of its own: threads that spin while they wait would take the cores from the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Shapes differ from call to call: a plan of the memory for each of them takes more than it saves.
+        options.enable_mem_pattern = False
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
         self._outputs = [output.name for output in self._session.get_outputs()]

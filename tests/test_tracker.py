@@ -5,7 +5,9 @@ and memories, though, so what the graphs are given is proved on smooth stand-ins
 tests/test_official_predictor.py compares with the official predictor.
 """
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -701,6 +703,23 @@ def test_bad_request_fails_alone(tracker, graphs, bad, kind, message):
     check_banks(tracker, 1, going_on)
     assert len(tracker.sessions) == 2
     assert tracker.metrics.counts[metrics.REFUSED, kind.__name__] == 1
+
+
+def test_refused_request_leaves_its_tensors_at_once(tracker, graphs):
+    def fail(inputs):
+        raise ComponentFailed("no answer")
+
+    graphs["mask_decoder"].run = fail
+    steps = [request(9, 0), start(1, 0, text(1))]  # one is refused, one fails
+    tensors = [weakref.ref(one.inputs["high_res_0"]) for one in steps]
+    gc.disable()  # Triton's tensors lie in shared memory, which would fill up until the garbage collector comes round
+    try:
+        results = tracker.step(steps)
+        steps.clear()
+        assert [type(result) for result in results] == [UnknownSession, ComponentFailed]
+        assert [tensor() is None for tensor in tensors] == [True, True]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("error", [ComponentFailed("no answer"), RuntimeError("out of memory")], ids=["known", "bug"])
