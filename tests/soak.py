@@ -294,9 +294,11 @@ def family(pid: int) -> list[int]:
 
 
 def resident_mib(pid: int) -> float:
-    """Resident memory, pages that processes share divided among them."""
+    """Resident memory, shared memory divided among those who share it; without pages of files, whose share falls and rises with what
+    else runs on the machine.
+    """
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(re.search(r"^Pss: +(\d+) kB", rollup, re.MULTILINE)[1]) / 1024  # type: ignore[index]
+    return sum(int(kib) for kib in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+) kB", rollup, re.MULTILINE)) / 1024
 
 
 def metric(url: str, name: str) -> float:
