@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ._stubs import MAX_FRAMES, VIDEO_SAMPLE_FPS
+from ._stubs import MAX_FRAMES, MAX_SAMPLED_FRAMES, VIDEO_SAMPLE_FPS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 """Files that are images; everything else is a video."""
@@ -177,7 +177,7 @@ def read_folder(path: Path) -> Media:
 
 
 def read_video(path: Path, sample_fps: float) -> Media:
-    """Frames 0, stride, 2 stride, ... of a video, thinned out evenly to MAX_FRAMES; only these are kept in memory."""
+    """Frames 0, stride, 2 stride, ... of a video, thinned out evenly to MAX_SAMPLED_FRAMES; only these are kept in memory."""
     with readable(path):
         with av.open(str(path)) as container:
             stream = first_video(container, path)
@@ -187,8 +187,8 @@ def read_video(path: Path, sample_fps: float) -> Media:
             raise MediaError(f"{path}: a video of {count} frames, expected 2 or more. Save a single frame as PNG and segment that.")
         stride = sample_stride(path, fps, sample_fps)
         wanted = np.arange(0, count, stride)
-        if len(wanted) > MAX_FRAMES:
-            wanted = wanted[np.linspace(0, len(wanted) - 1, MAX_FRAMES, dtype=int)]
+        if len(wanted) > MAX_SAMPLED_FRAMES:
+            wanted = wanted[np.linspace(0, len(wanted) - 1, MAX_SAMPLED_FRAMES, dtype=int)]
         with av.open(str(path)) as container:
             container.streams.video[0].thread_type = "AUTO"
             chosen = set(wanted.tolist())

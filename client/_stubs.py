@@ -107,8 +107,11 @@ OPTIONS: dict[str, dict[str, Any]] = {'modality': {'default': 'auto',
                     'high': None}}
 """Request parameter of sparrow to what it takes."""
 
-MAX_FRAMES = 64
+MAX_FRAMES = 1024
 """Frames of one clip."""
+
+MAX_SAMPLED_FRAMES = 64
+"""Most frames taken from a video file."""
 
 VIDEO_SAMPLE_FPS = 1
 """Frames per second taken from a video file."""

@@ -1,4 +1,4 @@
-"""Sizes of the model: one frozen dataclass per part, and the presets `full` and `tiny`.
+"""Sizes of the model: one frozen dataclass per part, and the presets `full`, `tiny` and `nano`.
 
 Widths that are not listed follow from these (the letters of the specification are in each docstring). A checkpoint of the
 original layout is turned into a `ModelConfig` by `export.checkpoints`; the served repository carries it as `config.json`.
@@ -259,4 +259,35 @@ TINY = ModelConfig(
 )
 """Every part of the architecture, small enough for seconds on two cores. Its weights are random: its masks mean nothing."""
 
-PRESETS = {"full": FULL, "tiny": TINY}
+_NANO_HIERA = HieraConfig(embed_dim=24, heads=1, stages=(1, 2, 2, 1), global_blocks=(4,))
+
+NANO = ModelConfig(
+    preset="nano",
+    num_frames=4,
+    context=ContextTowerConfig(image_size=128, patch_size=8, width=128, layers=4, heads=4, mlp_width=256),
+    video=VideoTowerConfig(image_size=128, patch_size=16, width=128, blocks=4, heads=4, mlp_width=256),
+    language=LanguageConfig(
+        vocab_size=525,
+        width=192,
+        layers=3,
+        heads=6,
+        mlp_width=384,
+        seg_token_id=523,
+        box_token_id=524,
+        eos_token_ids=(512, 513, 519),
+    ),
+    sam2=Sam2Config(
+        image_size=256,
+        hiera=_NANO_HIERA,
+        width=128,
+        decoder_mlp_width=256,
+        memory_width=32,
+        memory_layers=2,
+        memory_mlp_width=256,
+    ),
+    proposer=ProposerConfig(image_size=224, hiera=_NANO_HIERA, width=96, layers=2, mlp_width=192, queries=100),
+    selector=SelectorConfig(width=128),
+)
+"""Every part of the architecture, trained on shapes-rvos (training/): small, but its masks mean something."""
+
+PRESETS = {"full": FULL, "tiny": TINY, "nano": NANO}

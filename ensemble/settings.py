@@ -5,8 +5,10 @@ MIN_FRAME_SIDE = 8
 """px; below it a resized frame would hold less than one patch of picture."""
 MAX_FRAME_SIDE = 4096
 """px; 4K video fits, and one frame stays under 50 MB."""
-MAX_FRAMES = 64
-"""Frames of one clip that `sparrow` answers at once (spec 1.1)."""
+MAX_FRAMES = 1024
+"""Frames of one clip that `sparrow` answers at once: evaluations ask about whole sequences (spec 10)."""
+MAX_SAMPLED_FRAMES = 64
+"""Most frames taken from a video file (spec 1.1)."""
 VIDEO_SAMPLE_FPS = 1
 """Frames per second taken from a video file (spec 1.1)."""
 

@@ -32,6 +32,7 @@ def stubs() -> str:
         "INPUTS": (inputs, "Model to input to dtype."),
         "OPTIONS: dict[str, dict[str, Any]]": (option_fields(), "Request parameter of sparrow to what it takes."),
         "MAX_FRAMES": (settings.MAX_FRAMES, "Frames of one clip."),
+        "MAX_SAMPLED_FRAMES": (settings.MAX_SAMPLED_FRAMES, "Most frames taken from a video file."),
         "VIDEO_SAMPLE_FPS": (settings.VIDEO_SAMPLE_FPS, "Frames per second taken from a video file."),
     }
     body = [f'{name} = {pformat(value, width=120, sort_dicts=False)}\n"""{doc}"""\n' for name, (value, doc) in tables.items()]

@@ -142,7 +142,7 @@ class TorchDevice:
             with Host().timed() as elapsed:
                 yield elapsed
             return
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         yield lambda: start.elapsed_time(stop) / 1000
         stop.record()

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,13 +76,13 @@ def write_seeded(root: Path, config: ModelConfig, seed: int, device: str = "cpu"
     write_checkpoint(root, config, states)
 
 
-def write_tokenizer(folder: Path, vocab_size: int = TINY.language.vocab_size) -> None:
-    """A small SentencePiece model, and the added tokens of Phi-3, [SEG] and [BOX] at the end of the vocabulary."""
+def write_tokenizer(folder: Path, vocab_size: int = TINY.language.vocab_size, corpus: Sequence[str] = CORPUS) -> None:
+    """A small SentencePiece model learned from `corpus`, and the added tokens of Phi-3, [SEG] and [BOX] at the end of the vocabulary."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
+        sentence_iterator=iter(corpus),
         model_writer=model,
         vocab_size=PIECES,
         model_type="bpe",

@@ -45,7 +45,7 @@ def test_config_is_refused_when_json_holds_an_unknown_field():
 
 
 def test_presets_carry_their_names():
-    assert {name: config.preset for name, config in PRESETS.items()} == {"full": "full", "tiny": "tiny"}
+    assert {name: config.preset for name, config in PRESETS.items()} == {name: name for name in ("full", "tiny", "nano")}
 
 
 def test_full_has_the_numbers_of_the_specification():

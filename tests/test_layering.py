@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"ensemble", "export", "client", "sparrow_client", "benchmarks", "model_repository", "tests"}
+OURS = {"ensemble", "export", "client", "sparrow_client", "benchmarks", "model_repository", "tests", "training"}
 RELATIVE = "."
 
 
@@ -65,6 +65,11 @@ RULES = {
         files=dict.fromkeys(
             ("cli.py", "segment.py", "track.py", "_media.py", "_overlay.py", "_results.py", "_chat_files.py"), COMMAND_LINE
         ),
+    ),
+    "training": Rule(
+        advice="training makes checkpoints of the modules in export/models: what a server or a client needs belongs there",
+        ours=frozenset({RELATIVE, "ensemble", "export"}),
+        third_party=None,
     ),
     "benchmarks": Rule(
         advice="benchmarks measures what users see through sparrow_client: what it wants from export belongs there",

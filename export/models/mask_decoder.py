@@ -73,6 +73,50 @@ class MaskDecoder(Graph):
         has_mask_prompt: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Contract `mask_decoder`: (mask_logits, predicted_iou, object_scores, object_pointers)."""
+        masks, iou, object_scores, mask_tokens = self.decode(
+            image_embeddings,
+            high_res_1,
+            high_res_0,
+            object_embedding,
+            object_frame,
+            has_memory,
+            prompt_points,
+            prompt_labels,
+            text_embeddings,
+            mask_prompts,
+            has_mask_prompt,
+        )
+        best = iou[:, 1:].argmax(1) + 1  # [O]
+        single = torch.zeros_like(best)
+        chosen = torch.where(multimask | ~is_stable(masks[:, 0]), best, single)
+        # An unstable single mask is replaced, its token is not (mask_decoder.py forward).
+        pointers = self.point(pick(mask_tokens, torch.where(multimask, best, single)), object_scores)
+        return pick(masks, chosen), pick(iou, chosen), object_scores, pointers
+
+    def decode(
+        self,
+        image_embeddings: Tensor,
+        high_res_1: Tensor,
+        high_res_0: Tensor,
+        object_embedding: Tensor,
+        object_frame: Tensor,
+        has_memory: Tensor,
+        prompt_points: Tensor,
+        prompt_labels: Tensor,
+        text_embeddings: Tensor,
+        mask_prompts: Tensor,
+        has_mask_prompt: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What every mask token says.
+
+        Args:
+            those of `forward`.
+        Returns:
+            masks: [O, 4, 4 g, 4 g]
+            iou: [O, 4]
+            object_scores: [O]
+            mask_tokens: [O, 4, C]
+        """
         image = image_embeddings[object_embedding]  # [E, C, g, g] -> [O, C, g, g]
         image = torch.where(has_memory[:, None, None, None], image, image + self.no_mem_embed.reshape(1, -1, 1, 1))
         image = image + self.prompt_encoder.dense(mask_prompts, has_mask_prompt)
@@ -88,14 +132,11 @@ class MaskDecoder(Graph):
         masks = self.masks(mask_tokens, image, high_res_1[object_frame], high_res_0[object_frame])  # [O, 4, 4 g, 4 g]
         iou = self.iou_prediction_head(tokens[:, 1]).sigmoid()  # [O, 4]
         object_scores = self.pred_obj_score_head(tokens[:, 0]).squeeze(1)  # [O, C] -> [O]
+        return masks, iou, object_scores, mask_tokens
 
-        best = iou[:, 1:].argmax(1) + 1  # [O]
-        single = torch.zeros_like(best)
-        chosen = torch.where(multimask | ~is_stable(masks[:, 0]), best, single)
-        # An unstable single mask is replaced, its token is not (mask_decoder.py forward).
-        pointers = self.obj_ptr_proj(pick(mask_tokens, torch.where(multimask, best, single)))  # [O, C]
-        pointers = torch.where(object_scores[:, None] > 0, pointers, self.no_obj_ptr)
-        return pick(masks, chosen), pick(iou, chosen), object_scores, pointers
+    def point(self, mask_tokens: Tensor, object_scores: Tensor) -> Tensor:
+        """Object pointers: [O, C] tokens of the chosen masks, [O] -> [O, C]."""
+        return torch.where(object_scores[:, None] > 0, self.obj_ptr_proj(mask_tokens), self.no_obj_ptr)
 
     def masks(self, mask_tokens: Tensor, image: Tensor, high_res_1: Tensor, high_res_0: Tensor) -> Tensor:
         """Logits of every mask token.

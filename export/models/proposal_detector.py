@@ -80,7 +80,7 @@ class ProposalDetector(Graph):
 
     def forward(self, proposal_image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Contract `proposal_detector`: (query_boxes, query_features, coco_scores, sa1b_scores)."""
-        boxes, features, coco_logits, sa1b_logits = self.detect(proposal_image)
+        boxes, features, coco_logits, sa1b_logits = (x[0] for x in self.detect(proposal_image))
         centres, sides = boxes.chunk(2, 1)  # [Q, 4] -> 2 x [Q, 2]
         return torch.cat([centres - sides / 2, centres + sides / 2], 1), features, coco_logits.sigmoid(), sa1b_logits.sigmoid()
 
@@ -88,21 +88,56 @@ class ProposalDetector(Graph):
         """Every query's box, in the order of the encoder's ranking.
 
         Args:
-            proposal_image: [1, 3, S, S] float, ImageNet-normalised, S = config.proposer.image_size.
+            proposal_image: [N, 3, S, S] float, ImageNet-normalised, S = config.proposer.image_size.
         Returns:
-            boxes: [Q, 4] cxcywh, normalised.
-            features: [Q, C]
-            coco_logits, sa1b_logits: [Q]
+            boxes: [N, Q, 4] cxcywh, normalised.
+            features: [N, Q, C]
+            coco_logits, sa1b_logits: [N, Q]
         """
-        memory = self.source(proposal_image).flatten(2).transpose(1, 2)  # [1, C, g, g] -> [1, g * g, C]
+        memory = self.encode(proposal_image)
+        return self.refine(memory, self.rank(*self.propose(memory)))
+
+    def encode(self, proposal_image: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, g * g, C]: the cells, encoded."""
+        memory = self.source(proposal_image).flatten(2).transpose(1, 2)  # [N, C, g, g] -> [N, g * g, C]
         for encoder_layer in self.encoder:
             memory = encoder_layer(memory, self.cell_positions + self.level_embed, self.cell_boxes)
+        return memory
 
-        references = self.propose(memory)  # [1, Q, 4]
-        embedded = sines(references, self.config.proposer.width // 2)  # [1, Q, 4] -> [1, Q, 2 C]
+    def source(self, proposal_image: Tensor) -> Tensor:
+        """[N, 3, S, S] -> [N, C, g, g]: the one feature level."""
+        *_, stride_16 = self.neck(self.trunk(proposal_image))
+        return self.input_proj(stride_16)  # type: ignore[no-any-return]
+
+    def propose(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """What every cell proposes.
+
+        Args:
+            memory: [N, g * g, C] encoded cells.
+        Returns:
+            logits: [N, g * g]
+            boxes: [N, g * g, 4] cxcywh, normalised.
+        """
+        memory = self.enc_output_norm(self.enc_output(memory))
+        *_, encoder_box = self.bbox_embed.values()
+        return self.class_embed_enc(memory).squeeze(2), (encoder_box(memory) + self.cell_proposals).sigmoid()
+
+    def rank(self, logits: Tensor, boxes: Tensor) -> Tensor:
+        """[N, g * g] logits, [N, g * g, 4] boxes -> [N, Q, 4]: the best boxes, best first."""
+        best = logits.topk(self.config.proposer.queries).indices  # [N, Q]
+        return boxes.gather(1, best[..., None].expand(-1, -1, 4))
+
+    def refine(self, memory: Tensor, references: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The decoder: what `detect` returns.
+
+        Args:
+            memory: [N, g * g, C] encoded cells.
+            references: [N, Q, 4] cxcywh, normalised, best first.
+        """
+        embedded = sines(references, self.config.proposer.width // 2)  # [N, Q, 4] -> [N, Q, 2 C]
         # The other half would be the content of the queries in the original Deformable-DETR.
-        positions = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, 2)[0]  # -> [1, Q, C]
-        features = earlier = self.query_position_embeddings.weight[None]  # [1, Q, C]
+        positions = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, 2)[0]  # -> [N, Q, C]
+        features = earlier = self.query_position_embeddings.weight.expand(len(memory), -1, -1)  # [N, Q, C]
         for decoder_layer in self.decoder:
             earlier, features = features, decoder_layer(features, positions, memory, references)
 
@@ -110,26 +145,7 @@ class ProposalDetector(Graph):
         boxes = (earlier_box(earlier) + inverse_sigmoid(references)).sigmoid()
         boxes = (last_box(features) + inverse_sigmoid(boxes)).sigmoid()
         (coco,), (sa1b,) = self.class_embed_coco.values(), self.class_embed_sa1b.values()
-        return boxes[0], features[0], coco(features)[0, :, 0], sa1b(features)[0, :, 0]
-
-    def source(self, proposal_image: Tensor) -> Tensor:
-        """[1, 3, S, S] -> [1, C, g, g]: the one feature level."""
-        *_, stride_16 = self.neck(self.trunk(proposal_image))
-        return self.input_proj(stride_16)  # type: ignore[no-any-return]
-
-    def propose(self, memory: Tensor) -> Tensor:
-        """The best boxes that the encoder's cells propose.
-
-        Args:
-            memory: [1, g * g, C] encoded cells.
-        Returns:
-            [1, Q, 4] cxcywh, normalised, best first.
-        """
-        memory = self.enc_output_norm(self.enc_output(memory))
-        best = self.class_embed_enc(memory)[0, :, 0].topk(self.config.proposer.queries).indices  # [Q]
-        *_, encoder_box = self.bbox_embed.values()
-        proposals: Tensor = encoder_box(memory[:, best]) + self.cell_proposals[:, best]  # [1, Q, 4]
-        return proposals.sigmoid()
+        return boxes, features, coco(features).squeeze(2), sa1b(features).squeeze(2)
 
 
 class EncoderLayer(nn.Module):

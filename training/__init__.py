@@ -1,0 +1,1 @@
+"""The nano checkpoint: the world that it is trained in and the stages that train it."""

@@ -1,0 +1,309 @@
+"""Batches: a pool of scenes and questions on the device, rendered when asked for, and prepared as the server prepares frames."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ensemble import settings
+from ensemble.config import ModelConfig
+from ensemble.frames import encoder_indices
+from ensemble.prompt import ASSISTANT, SYSTEM
+from ensemble.tokenizer import Tokenizer
+
+from .shapes_rvos.language import Question, absent, description, referring
+from .shapes_rvos.render import pack, render
+from .shapes_rvos.scene import ATTRIBUTES, MAX_ACTORS, Scene, draw_scene
+from .shapes_rvos.visibility import visible_on_first_frame
+
+SIZES = ((240, 320), (256, 256), (240, 320), (200, 360), (240, 320), (320, 180))
+"""Sizes that scenes are rendered at, in turn; a batch has one size."""
+CHUNK = 64
+"""Scenes that are rendered at once for the vision towers."""
+NUM_FRAMES = 24
+"""Frames of a video."""
+QUESTIONS = {referring: 4, description: 2, absent: 1}
+"""Questions of every scene."""
+VISUAL = -200
+"""Stands for the visual tokens in `Questions.ids`."""
+MOSTLY = 0.35
+"""Part of a patch that an actor has to cover to be what the patch shows."""
+IGNORED = -100
+"""Target of a token that is not trained."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Tokens of Q questions and their answers.
+
+    Args:
+        scene: [Q] int64.
+        ids: [Q, L] int64: the visual placeholder stands at index `place`, zeros fill up.
+        targets: [Q, L] int64: the token that should follow, IGNORED outside of the answer.
+        objects: [Q, MAX_ACTORS] int64: actor of each [SEG] in turn, -1 behind the last.
+        place: index of the visual placeholder.
+    """
+
+    scene: Tensor
+    ids: Tensor
+    targets: Tensor
+    objects: Tensor
+    place: int
+
+
+class Pool:
+    """Scenes and questions on the device that they are rendered on.
+
+    Args:
+        split: of shapes-rvos.
+        count: scenes.
+        tokenizer_folder: of the checkpoint; None: no questions.
+        config: sizes.
+        device: for everything.
+        seed: of what is drawn from it.
+        workers: processes that draw scenes.
+    """
+
+    def __init__(
+        self, split: str, count: int, tokenizer_folder: Path | None, config: ModelConfig, device: str, seed: int = 0, workers: int = 2
+    ) -> None:
+        self.config, self.device = config, device
+        work = partial(draw_all, split, count, workers, tokenizer_folder)
+        with get_context("spawn").Pool(workers) as pool:
+            pieces = pool.map(work, range(workers))
+        scenes = [scene for own, _ in pieces for scene in own]
+        self.packed = {name: tensor.to(device) for name, tensor in pack(scenes).items()}
+        visible = torch.zeros(len(scenes), MAX_ACTORS, dtype=torch.bool)
+        for index, scene in enumerate(scenes):
+            visible[index, list(visible_on_first_frame(scene))] = True
+        self.visible = visible.to(device)
+        """[S, MAX_ACTORS] bool"""
+        self.attributes = {
+            name: torch.tensor([[values.index(getattr(a, name)) for a in s.actors] + [0] * (MAX_ACTORS - len(s.actors)) for s in scenes])
+            .long()
+            .to(device)
+            for name, values in ATTRIBUTES.items()
+        }
+        """Attribute to [S, MAX_ACTORS] int64: which of its values."""
+        self.questions: Questions | None = None
+        if tokenizer_folder:
+            self.questions = join([tokens for _, own in pieces for tokens in own], device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self._random = random.Random(seed)
+        self._seen: Seen | None = None
+
+    def __len__(self) -> int:
+        return len(self.visible)
+
+    def half(self) -> torch.autocast:
+        """Mixed precision, where the device is made for it."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+
+    def size(self) -> int:
+        """A random index of SIZES."""
+        return self._random.randrange(len(SIZES))
+
+    def rows(self, count: int) -> tuple[Tensor, tuple[int, int]]:
+        """Random questions about scenes of one size: [count] int64, and that size."""
+        assert self.questions
+        size = self.size()
+        own = torch.where(self.questions.scene % len(SIZES) == size)[0]
+        return own[self.integers(len(own), count)], SIZES[size]
+
+    @property
+    def seen(self) -> Seen:
+        """What the vision towers see of every scene; rendered when asked for the first time."""
+        if self._seen is None:
+            self._seen = look(self)
+        return self._seen
+
+    def pick(self, count: int) -> Tensor:
+        """[count] int64 random scenes."""
+        return self.integers(len(self), count)
+
+    def integers(self, below: int, *shape: int) -> Tensor:
+        return torch.randint(below, shape, generator=self.generator, device=self.device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    @torch.no_grad()
+    def render(self, scenes: Tensor, times: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Frames [S, T, 3, H, W] float32 0..255 as a video holds them, and masks [S, T, MAX_ACTORS, H, W] bool."""
+        frames, masks = render({name: tensor[scenes] for name, tensor in self.packed.items()}, times, size)
+        noise = self.normal(*frames.shape) * (4 * self.uniform(len(frames), 1, 1, 1, 1))  # stands for the codec's
+        return (frames + noise).round_().clamp_(0, 255), masks
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The vision towers' frames of S scenes, before they are normalised, and what each patch shows.
+
+    Args:
+        context, video: [S, T, 3, size, size] uint8.
+        context_actors, video_actors: [S, T, grid, grid] int8: the actor that most of a patch shows, -1 for none.
+    """
+
+    context: Tensor
+    video: Tensor
+    context_actors: Tensor
+    video_actors: Tensor
+
+    def context_frames(self, scenes: Tensor) -> Tensor:
+        """CLIP's input [N * T, 3, size, size] of N scenes."""
+        return normalise(self.context[scenes].flatten(0, 1).float() / 255, settings.CLIP_MEAN, settings.CLIP_STD)
+
+    def video_frames(self, scenes: Tensor) -> Tensor:
+        """InternVideo's input, as `context_frames`."""
+        return normalise(self.video[scenes].flatten(0, 1).float() / 255, settings.IMAGENET_MEAN, settings.IMAGENET_STD)
+
+
+def look(pool: Pool) -> Seen:
+    """Renders the frames that the vision towers see."""
+    config, count = pool.config, len(pool)
+    context, video = config.context, config.video
+    shape = (count, config.num_frames)
+    seen = Seen(
+        torch.empty((*shape, 3, context.image_size, context.image_size), dtype=torch.uint8, device=pool.device),
+        torch.empty((*shape, 3, video.image_size, video.image_size), dtype=torch.uint8, device=pool.device),
+        torch.empty((*shape, context.grid, context.grid), dtype=torch.int8, device=pool.device),
+        torch.empty((*shape, video.grid, video.grid), dtype=torch.int8, device=pool.device),
+    )
+    times = encoder_times(config, pool.device)
+    for index, size in enumerate(SIZES):
+        for scenes in torch.arange(index, count, len(SIZES), device=pool.device).split(CHUNK):
+            frames, masks = (x.flatten(0, 1) for x in pool.render(scenes, times.expand(len(scenes), -1), size))
+            for name, tensor in (
+                ("context", context_pixels(frames, config)),
+                ("video", video_pixels(frames, config)),
+                ("context_actors", patch_actors(centre_square(masks), context.grid)),
+                ("video_actors", patch_actors(masks, video.grid)),
+            ):
+                own = getattr(seen, name)
+                own[scenes] = tensor.unflatten(0, (len(scenes), -1)).to(own.dtype)
+    return seen
+
+
+def patch_actors(masks: Tensor, grid: int) -> Tensor:
+    """[N, A, H, W] bool to [N, grid, grid] int64: the actor that most of each patch shows, -1 for none."""
+    share, actor = F.adaptive_avg_pool2d(masks.float(), (grid, grid)).max(1)
+    return torch.where(share >= MOSTLY, actor, -1)
+
+
+def centre_square(frames: Tensor) -> Tensor:
+    """[..., H, W] to the square that CLIP sees."""
+    height, width = frames.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return frames[..., top : top + side, left : left + side]
+
+
+def draw_all(
+    split: str, count: int, workers: int, tokenizer_folder: Path | None, worker: int
+) -> tuple[list[Scene], list[tuple[int, list[int], int, Question]]]:
+    """One process's share of the scenes, and (scene, ids, answer's start, question) of their questions."""
+    indices = np.array_split(np.arange(count), workers)[worker].tolist()
+    scenes = [draw_scene(split, index) for index in indices]
+    questions = []
+    if tokenizer_folder:
+        tokenizer = Tokenizer(tokenizer_folder)
+        for index, scene in zip(indices, scenes, strict=True):
+            rng = random.Random(f"{split} {index}")
+            for question in ask(scene, rng):
+                ids, start = tokens(tokenizer, question)
+                questions.append((index, ids, start, question))
+    return scenes, questions
+
+
+def ask(scene: Scene, rng: random.Random) -> list[Question]:
+    """Questions of every kind about a scene."""
+    there = visible_on_first_frame(scene)
+    asked = [referring(scene, rng.choice(there), rng) for _ in range(QUESTIONS[referring])]
+    asked += [description(scene, rng) for _ in range(QUESTIONS[description])]
+    return asked + [absent(scene, rng) for _ in range(QUESTIONS[absent])]
+
+
+def tokens(tokenizer: Tokenizer, question: Question) -> tuple[list[int], int]:
+    """Ids of a question with its answer and the end token, and where the answer starts."""
+    prompt = f"\n{question.prompt}{ASSISTANT}"
+    head = [tokenizer.bos_token_id, *tokenizer.encode(SYSTEM), VISUAL]
+    asked = tokenizer.encode(prompt)
+    whole = tokenizer.encode(f"{prompt}{question.answer.replace(' [', '[')}<|end|>")
+    if whole[: len(asked)] != asked:
+        raise ValueError(f"{question.prompt!r}: its tokens change with the answer behind it")
+    return head + whole, len(head) + len(asked)
+
+
+def join(pieces: list[tuple[int, list[int], int, Question]], device: str) -> Questions:
+    """Questions as tensors."""
+    longest = max(len(ids) for _, ids, _, _ in pieces)
+    ids = np.zeros((len(pieces), longest), np.int64)
+    targets = np.full((len(pieces), longest), IGNORED, np.int64)
+    objects = np.full((len(pieces), MAX_ACTORS), -1, np.int64)
+    for row, (_, own, start, question) in enumerate(pieces):
+        ids[row, : len(own)] = own
+        targets[row, start - 1 : len(own) - 1] = own[start:]
+        objects[row, : len(question.objects)] = question.objects
+    scene = np.array([index for index, *_ in pieces])
+    place = pieces[0][1].index(VISUAL)
+    on_device = [torch.from_numpy(array).to(device) for array in (scene, ids, targets, objects)]
+    return Questions(on_device[0], on_device[1], on_device[2], on_device[3], place)
+
+
+def frame_times(indices: Sequence[int] | Tensor, device: str) -> Tensor:
+    """Times 0..1 of frames by index."""
+    return torch.as_tensor(indices, device=device, dtype=torch.float32) / (NUM_FRAMES - 1)
+
+
+def encoder_times(config: ModelConfig, device: str) -> Tensor:
+    """[T] times of the frames that the vision towers see."""
+    return frame_times(encoder_indices(NUM_FRAMES, config.num_frames), device)
+
+
+def normalise(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """[N, 3, h, w] to (frames - mean) / std."""
+    shape = (1, 3, 1, 1)
+    return (frames - frames.new_tensor(mean).view(shape)) / frames.new_tensor(std).view(shape)
+
+
+def grounding(frames: Tensor, config: ModelConfig) -> Tensor:
+    """[N, 3, H, W] 0..255 to SAM2's input [N, 3, S, S], as `ensemble.frames.grounding_frame`."""
+    size = config.sam2.image_size
+    height, width = frames.shape[-2:]
+    scale = size / max(height, width)
+    resized = F.interpolate(frames, (int(height * scale + 0.5), int(width * scale + 0.5)), mode="bilinear", antialias=True)
+    normal = normalise(resized.round(), settings.SAM_MEAN, settings.SAM_STD)
+    return F.interpolate(normal, (size, size), mode="bilinear")
+
+
+def proposal_image(grounded: Tensor, config: ModelConfig) -> Tensor:
+    """SAM2's input to the proposer's [N, 3, P, P], as `ensemble.frames.proposal_image` and `proposal_frame`."""
+    size = config.proposer.image_size
+    return F.interpolate(grounded, (size, size), mode="bicubic", antialias=True)  # both normalisations are the same map
+
+
+def context_pixels(frames: Tensor, config: ModelConfig) -> Tensor:
+    """[N, 3, H, W] 0..255 to CLIP's picture, 0..255 and whole, as `ensemble.frames.context_frame`."""
+    size = config.context.image_size
+    height, width = frames.shape[-2:]
+    short = min(height, width)
+    resized = F.interpolate(frames, (int(size * height / short), int(size * width / short)), mode="bicubic", antialias=True)
+    return centre_square(resized).round().clamp(0, 255)
+
+
+def video_pixels(frames: Tensor, config: ModelConfig) -> Tensor:
+    """[N, 3, H, W] 0..255 to InternVideo's picture, 0..255 and whole, as `ensemble.frames.video_frame`."""
+    size = config.video.image_size
+    return F.interpolate(frames, (size, size), mode="bilinear").round()

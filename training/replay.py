@@ -1,0 +1,87 @@
+"""A loss with its gradients as one CUDA graph: steps of many small kernels wait for the CPU otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Terms = dict[str, Tensor]
+WARM_UP = 3
+"""Runs before the capture, in which libraries choose their kernels."""
+
+
+def weigh(terms: Terms) -> Tensor:
+    """What is made small: terms whose names begin with "_" are only logged."""
+    return torch.stack([term for name, term in terms.items() if not name.startswith("_")]).sum()
+
+
+class Replay:
+    """Calls a loss and adds its gradients to those of the parameters; on a GPU it is captured at the first call.
+
+    Args:
+        loss: of tensors, by name; their shapes never change, and it neither draws random numbers nor waits for the GPU.
+        parameters: that it depends on.
+        leaves: names of tensors that get gradients too.
+    """
+
+    def __init__(self, loss: Callable[..., Terms], parameters: Sequence[Tensor], leaves: Sequence[str] = ()) -> None:
+        self._loss, self._parameters, self._leaves = loss, parameters, leaves
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: dict[str, Tensor] = {}
+        self._terms: Terms = {}
+        self._gradients: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, **inputs: Tensor) -> tuple[Terms, dict[str, Tensor]]:
+        """The terms, and the gradients of the leaves."""
+        if not next(iter(inputs.values())).is_cuda:
+            own = {name: tensor.detach().requires_grad_(name in self._leaves) for name, tensor in inputs.items()}
+            terms = self._loss(**own)
+            weigh(terms).backward()
+            return detached(terms), {name: gradient(own[name]) for name in self._leaves}
+        if self._graph is None:
+            self._capture(inputs)
+            assert self._graph
+        for name, tensor in inputs.items():
+            self._inputs[name].data.copy_(tensor)
+        self._graph.replay()
+        for parameter, own_gradient in self._gradients:
+            parameter.grad = own_gradient if parameter.grad is None else parameter.grad + own_gradient
+        return {name: term.clone() for name, term in self._terms.items()}, {
+            name: gradient(self._inputs[name]).clone() for name in self._leaves
+        }
+
+    def _capture(self, inputs: dict[str, Tensor]) -> None:
+        kept = [parameter.grad for parameter in self._parameters]
+        self._inputs = {name: tensor.detach().clone().requires_grad_(name in self._leaves) for name, tensor in inputs.items()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                weigh(self._loss(**self._inputs)).backward()
+                self._forget()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            terms = self._loss(**self._inputs)
+            weigh(terms).backward()
+        self._terms = detached(terms)
+        self._gradients = [(parameter, parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+        for parameter, gradient_before in zip(self._parameters, kept, strict=True):
+            parameter.grad = gradient_before
+
+    def _forget(self) -> None:
+        """Drops gradients, so that the next backward pass writes them instead of adding to them."""
+        for tensor in (*self._parameters, *(self._inputs[name] for name in self._leaves)):
+            tensor.grad = None
+
+
+def detached(terms: Terms) -> Terms:
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def gradient(tensor: Tensor) -> Tensor:
+    """A leaf's gradient."""
+    assert tensor.grad is not None
+    return tensor.grad
