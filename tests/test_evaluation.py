@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from sparrow_client import Objects, Proposals, RequestFailed, ServerUnavailable, Summary, TrackedObject
+from sparrow_client import InvalidInput, Objects, Proposals, RequestFailed, ServerUnavailable, Summary, TrackedObject
 from sparrow_client._results import rle
 
 from benchmarks import records
 from benchmarks.evaluation import asking, cli
+from benchmarks.evaluation.mevis import Mevis
 from benchmarks.evaluation.samples import Prediction
 from tests.responses import masks_of
+from tests.test_evaluation_vos import change, truth, write_mevis
 
 FRAMES, HEIGHT, WIDTH = 3, 48, 64
 ENV = {
@@ -163,8 +165,8 @@ def run(data, *arguments, benchmark="shapes-rvos"):
     return CliRunner().invoke(cli.evaluate, [benchmark, "--data", str(data), "-o", str(out), *map(str, arguments)])
 
 
-def succeed(data, *arguments):
-    result = run(data, *arguments)
+def succeed(data, *arguments, **options):
+    result = run(data, *arguments, **options)
     assert (result.exit_code, result.exception) == (0, None), result.output
     return result.output
 
@@ -179,8 +181,12 @@ def fail(data, *arguments, status=1, **options):
     return line
 
 
+COST = ("frames_per_s", "client_memory_mib")
+
+
 def figures(results):
-    return {key: line["value"] for key, line in records.latest(results).items()}
+    """Without what asking took."""
+    return {key: line["value"] for key, line in records.latest(results).items() if key[1] not in COST}
 
 
 def run_file(data):
@@ -204,7 +210,8 @@ def test_perfect_answers_get_full_marks(client, data, results):
     assert figures(results) == {("test_2_videos", name): 100 for name in names}
     lines = records.latest(results)
     assert {name: lines["test_2_videos", name]["n"] for name in names} == dict(zip(names, (4, 4, 4, 2, 2, 4), strict=True))
-    assert all(line["unit"] == "%" and line["env"] == {**ENV, "preset": "nano"} for line in lines.values())
+    assert all(lines["test_2_videos", name]["unit"] == "%" for name in names)
+    assert all(line["env"] == {**ENV, "preset": "nano"} for line in lines.values())
     assert all(name in output for name in names)
     assert client.url == "there:1"
 
@@ -279,7 +286,7 @@ def test_answers_are_not_asked_for_again(client, data, results):
     succeed(data)
     assert [call.prompt for call in client.calls[8:]] == ["Describe b."]
     assert (data.parent / "out" / "report.csv").read_text() == before
-    assert len(results.read_text().splitlines()) == 12
+    assert len(results.read_text().splitlines()) == 2 * (6 + len(COST))
 
 
 def test_failures_are_listed_and_asked_again(client, data, results):
@@ -290,7 +297,7 @@ def test_failures_are_listed_and_asked_again(client, data, results):
     assert result.exit_code == 1
     assert "Failed: a/2: sparrow: the decoder broke.\n" in result.output
     assert "Failed: a/0: sparrow: got tracked masks [2, 1], expected [3, 1]. See the server's log.\n" in result.output
-    assert "Error: 2 of 8 questions failed: figures say nothing of them, and none was added to benchmarks/results." in result.output
+    assert "Error: 2 of 8 questions failed, so no figure was added to benchmarks/results." in result.output
     assert not results.exists()
     failed = {row["sample"]: row for row in report(data) if row["failure"]}
     assert set(failed) == {"a/0", "a/2"} == set(run_file(data)["failures"])
@@ -334,12 +341,19 @@ def test_full_disk_ends_the_run_and_keeps_what_is_finished(client, data, monkeyp
     assert not (data.parent / "out" / "report.csv").exists()
 
 
-def test_restart_of_the_server_is_waited_for(client, data, results):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ServerUnavailable("Connection refused. Is `sparrow serve` running at that address?", "sparrow", ""),
+        RequestFailed("Server is stopping, scheduler for model has stopped accepting new inference requests", "sparrow", ""),
+    ],
+)
+def test_restart_of_the_server_is_waited_for(client, data, results, error):
     def gone_once(calls, gone=[]):  # noqa: B006
         if not gone:
             gone.append(True)
             client.ready = [False, False, True]
-            raise ServerUnavailable("Connection refused. Is `sparrow serve` running at that address?", "sparrow", "")
+            raise error
         return client.perfect["Describe a."]
 
     client.told["Describe a."] = gone_once
@@ -378,8 +392,8 @@ def write(path, content):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (remove("questions.json"), "questions.json: No such file or directory; expected a split of shapes-rvos"),
-        (write("questions.json", b'{"a": ['), "questions.json: Expecting value"),
+        (remove("questions.json"), "questions.json: missing; "),
+        (write("questions.json", b'{"a": ['), "questions.json: not readable as JSON (Expecting value"),
         (write("questions.json", b'{"a": []}'), "2 videos with 2 parts missing (first: ['questions about a']), expected a whole data set"),
         (write("meta_expressions.json", b'{"videos": {}}'), "got 0 videos"),
         (remove("videos/b.mp4"), "1 parts missing (first: ["),
@@ -415,7 +429,7 @@ def test_check_data_opens_every_file(data, damage, says):
 
 
 def test_split_that_is_not_there_is_refused(client, data):
-    assert f"{data / 'valid' / 'meta_expressions.json'}: No such file" in fail(data, "--split", "valid")
+    assert f"{data / 'valid' / 'meta_expressions.json'}: missing; {data} holds test." in fail(data, "--split", "valid")
     assert "'nowhere' is not one of 'test', 'valid', 'train'." in fail(data, "--split", "nowhere", status=2)
     assert not client.calls
 
@@ -479,7 +493,9 @@ def test_run_is_kept_with_its_figures(client, data, results):
         ["tracked", "framewise"],
     )
     assert (kept["questions"], kept["failures"], kept["environment"]) == (8, {}, {**ENV, "preset": "nano"})
-    assert {(line["workload"], line["metric"]): line["value"] for line in kept["figures"]} == figures(results)
+    lines = {(line["workload"], line["metric"]): line["value"] for line in kept["figures"]}
+    assert {key: value for key, value in lines.items() if key[1] not in COST} == figures(results)
+    assert all(lines["test_8_questions", name] > 0 for name in COST)
     assert kept["figures"][0] == {"metric": "tracked_j_and_f", "workload": "test_2_videos", "value": 100, "unit": "%", "n": 4, "spread": 0}
 
 
@@ -528,6 +544,54 @@ def test_predictions_survive_their_file(tmp_path):
     np.testing.assert_array_equal([before.masks("tracked", index) for index in range(3)], [*masks, np.zeros(size, bool)])
 
 
+# Clips of pictures
+
+
+@pytest.fixture
+def mevis(tmp_path, client):
+    """A data set that the stand-in knows all answers to."""
+    write_mevis(tmp_path / "data")
+    for sample in Mevis(tmp_path / "data", "valid_u").samples():
+        masks = truth(sample.key)[None]
+        client.perfect[sample.prompt] = answer_of({"tracked": masks, "framewise": masks})
+    return tmp_path / "data"
+
+
+def test_pictures_are_sent_as_they_are(client, mevis):
+    output = succeed(mevis, benchmark="mevis")
+    assert "tracked_j_and_f" in output and (mevis.parent / "out" / "framewise.zip").exists()
+    call = next(call for call in client.calls if "0 in b" in call.prompt)
+    assert call.frames is None
+    assert call.encoded_frames == [path.read_bytes() for path in sorted((mevis / "valid_u" / "JPEGImages" / "b").iterdir())]
+    assert call.options == {"box_prior_max_keep": 1, "max_new_tokens": 512, "modality": "video", "branch": "both"}
+    lines = {(line["workload"], line["metric"]): line["value"] for line in run_file(mevis)["figures"] if line["metric"] not in COST}
+    assert lines == {("valid_u", f"{branch}_{measure}"): 100 for branch in asking.BRANCHES for measure in ("j_and_f", "j", "f")}
+
+
+def test_picture_that_the_server_cannot_read_is_named(client, mevis):
+    picture = mevis / "valid_u" / "JPEGImages" / "b" / "00001.jpg"
+    picture.write_bytes(b"\xff\xd8\xff")
+    (prompt,) = [prompt for prompt in client.perfect if "0 in b" in prompt]
+    client.told[prompt] = InvalidInput("sparrow.encoded_frames[1]: got 3 bytes that are no readable JPEG or PNG.", "sparrow", "")
+    result = run(mevis, benchmark="mevis")
+    assert f"Failed: b/0: {picture}: not a readable picture" in result.output
+    assert "Error: 1 of 4 questions failed" in result.output
+    assert not (mevis.parent / "out" / "tracked.zip").exists()
+
+
+def test_refusal_of_readable_pictures_is_the_servers(client, mevis):
+    (prompt,) = [prompt for prompt in client.perfect if "0 in b" in prompt]
+    client.told[prompt] = InvalidInput("sparrow: got 2000 tokens, expected at most 512.", "sparrow", "")
+    assert "Failed: b/0: sparrow: got 2000 tokens, expected at most 512." in run(mevis, benchmark="mevis").output
+
+
+def test_question_that_cannot_be_scored_has_failed(client, mevis, results):
+    change(mevis / "valid_u" / "mask_dict.json", lambda masks: masks.pop("3"))
+    result = run(mevis, benchmark="mevis")
+    assert result.exit_code == 1 and "Failed: b/0: b: expression 0: got 0 masks for 3 frames" in result.output
+    assert not results.parent.exists()
+
+
 @pytest.mark.serving
 def test_a_real_server_is_evaluated(server, data, results):
     succeed(data, "--server", server.url, "--ablations")
@@ -539,3 +603,12 @@ def test_a_real_server_is_evaluated(server, data, results):
     assert 0 < len(prediction["proposals"]) <= 100
     assert [len(track) for tracks in prediction["tracks"].values() for track in tracks] == [FRAMES, FRAMES]
     assert json.loads((data.parent / "out" / "predictions" / "a" / "0_seg_alone.json").read_text())["selected_boxes"] == [[]]
+
+
+@pytest.mark.serving
+def test_a_real_server_is_asked_about_pictures(server, tmp_path):
+    write_mevis(tmp_path / "data")
+    succeed(tmp_path / "data", "--server", server.url, benchmark="mevis")
+    lines = {line["metric"]: line for line in run_file(tmp_path / "data")["figures"]}
+    assert lines["tracked_j_and_f"]["n"] == 4 and 0 <= lines["tracked_j_and_f"]["value"] <= 100
+    assert (tmp_path / "out" / "tracked" / "b" / "0" / "00002.png").exists()

@@ -69,6 +69,8 @@ class Asking:
     options: Options
     in_flight: int
     stopped: threading.Event = field(default_factory=threading.Event)
+    frames: int = 0
+    """That were answered."""
 
     def ask_all(self, samples: Sequence[Sample]) -> dict[str, str]:
         """Asks what has no prediction yet; key to the reason of what failed.
@@ -90,6 +92,8 @@ class Asking:
                             progress.set_postfix_str(f"{len(failures)} failed")
                         elif error:
                             raise error
+                        else:
+                            self.frames += future.result()
                         progress.update()
             except BaseException:
                 self.stopped.set()
@@ -98,22 +102,24 @@ class Asking:
                 raise
         return failures
 
-    def ask_one(self, sample: Sample) -> None:
-        """Writes the prediction; raises MediaError or SparrowClientError where there is none."""
+    def ask_one(self, sample: Sample) -> int:
+        """Writes the prediction; its number of frames. Raises MediaError or SparrowClientError where there is none."""
         shown = read_clip(sample.clip)
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 prediction = ask(self.client, sample, shown, {**self.options, **sample.options})
                 break
-            except (ServerUnavailable, CapacityExceeded):
-                self.wait_for_server()
-                if attempt == ATTEMPTS:
-                    raise
             except InvalidInput:
                 for _ in each_frame(sample.clip):  # the server knows a picture by its place: say which file it is
                     pass
                 raise
+            except SparrowClientError as error:
+                passing = isinstance(error, ServerUnavailable | CapacityExceeded) or not self.client.is_ready()
+                if not passing or attempt == ATTEMPTS:
+                    raise
+                self.wait_for_server()
         write_prediction(prediction_file(self.out, sample.key), prediction)
+        return shown.size[0]
 
     def wait_for_server(self) -> None:
         end = time.monotonic() + PATIENCE_S

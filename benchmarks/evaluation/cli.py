@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
+import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from inspect import cleandoc
@@ -19,9 +21,17 @@ from sparrow_client.cli import server_option, timeout_option
 
 from ..records import append, environment, record
 from .asking import BRANCHES, Asking, OtherRun, Reader, ServerGone
+from .compare import compare
+from .report import write_page
 from .samples import Benchmark, DatasetError, Figure, Row, Sample
 
 BENCHMARKS = {
+    "ref-davis17": "ref_davis17:RefDavis17",
+    "mevis": "mevis:Mevis",
+    "ref-ytvos": "ref_ytvos:RefYtvos",
+    "video-gcg": "video_gcg:VideoGcg",
+    "vidstg": "grounding:VidStg",
+    "hc-stvg": "grounding:HcStvg",
     "shapes-rvos": "shapes_rvos:ShapesRvos",
 }
 """Name to module of this package and class in it, which is imported when it is asked for."""
@@ -47,13 +57,16 @@ def evaluate() -> None:
     """Ask a running server the questions of a benchmark and compare its masks with the annotated ones."""
 
 
+evaluate.add_command(compare)
+
+
 def benchmark_command(name: str) -> click.Command:
     """`sparrow eval NAME`; its help is the first paragraph of what the class says of itself."""
     module, class_name = BENCHMARKS[name].split(":")
     kind: Any = getattr(import_module(f".{module}", __package__), class_name)
 
     def run(data: Path, split: str, check_data: bool, out: Path | None, protocol: str, **asking: Any) -> None:
-        own = {key: asking.pop(key) for key in ("ablations",) if key in asking}
+        own = {key: asking.pop(key) for key in ("ablations", "bert") if key in asking}
         try:
             benchmark = kind(data, split, **own)
             if check_data:
@@ -63,6 +76,8 @@ def benchmark_command(name: str) -> click.Command:
             evaluate_benchmark(benchmark, split, out, protocol, **asking)
         except (DatasetError, MediaError, OtherRun) as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:  # e.g. the disk is full
+            raise click.ClickException(f"{error.filename or out}: {error.strerror or error}. The answers so far are kept.") from error
 
     options = [
         click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the data set."),
@@ -86,6 +101,10 @@ def benchmark_command(name: str) -> click.Command:
     ]
     if name == "shapes-rvos":
         options.append(click.option("--ablations", is_flag=True, help="Also ask the referring questions without detection guidance."))
+    if name == "video-gcg":
+        folder = click.Path(path_type=Path, exists=True, file_okay=False)
+        about_bert = "Folder of bert-base-uncased, by which phrases are compared; without it there is no recall."
+        options.append(click.option("--bert", type=folder, envvar="SPARROW_BERT", show_envvar=True, help=about_bert))
     for option in reversed(options):
         run = option(run)
     about, *_ = cleandoc(kind.__doc__).split("\n\n")
@@ -139,7 +158,9 @@ def evaluate_benchmark(
         env = environment(server, "")
         check_same_run(out, {"benchmark": benchmark.suite, "split": split, **options, **{key: env[key] for key in SERVER}})
         try:
-            failures = Asking(client, out, options, in_flight).ask_all(samples)
+            start, asking = time.monotonic(), Asking(client, out, options, in_flight)
+            failures = asking.ask_all(samples)
+            cost = cost_of(f"{len(samples)}_questions", asking.frames, time.monotonic() - start)
         except (ServerGone, OSError, KeyboardInterrupt) as error:
             why = f"{error.strerror}." if isinstance(error, OSError) else str(error) or "Stopped."
             raise click.ClickException(f"{why} The answers so far are in {out}, and the same command goes on.") from error
@@ -148,10 +169,11 @@ def evaluate_benchmark(
     branches = BRANCHES if branch == "both" else (branch,)
     reader = Reader(out)
     scores = benchmark.score(reader, [sample for sample in samples if sample.key not in failures], branches, out, protocol)
+    failures |= {row["sample"]: row["failure"] for row in scores.rows if row.get("failure")}
     write_report(out / "report.csv", samples, scores.rows, failures)
     env["preset"] = "+".join(sorted(reader.presets))
     prefix = split if protocol == benchmark.protocols[0] else f"{split}_{protocol}"
-    lines = [figure_record(benchmark.suite, prefix, figure, env) for figure in scores.figures if len(figure.samples)]
+    lines = [figure_record(benchmark.suite, prefix, figure, env) for figure in (*scores.figures, *cost) if len(figure.samples)]
     run = {
         "benchmark": benchmark.suite,
         "split": split,
@@ -164,18 +186,26 @@ def evaluate_benchmark(
         "figures": [{key: line[key] for key in ("metric", "workload", "value", "unit", "n", "spread")} for line in lines],
     }
     (out / "run.json").write_text(json.dumps(run, indent=2))
+    write_page(out / "report.html", run, scores.rows, samples, reader)
     for line in lines:
-        click.echo(f"{line['workload']:<28} {line['metric']:<28} {line['value']:>7.2f} {line['unit']}  n {line['n']}")
-    click.echo(f"Report: {out / 'report.csv'}, {out / 'run.json'}")
+        click.echo(f"{line['workload']:<32} {line['metric']:<24} {line['value']:>7.2f} {line['unit']}  n {line['n']}")
+    click.echo(f"Report: {out / 'report.html'}, report.csv, run.json")
     if failures:
         for key, reason in failures.items():
             click.echo(f"Failed: {key}: {reason}", err=True)
         raise click.ClickException(
-            f"{len(failures)} of {len(samples)} questions failed: figures say nothing of them, and none was added to benchmarks/results. "
+            f"{len(failures)} of {len(samples)} questions failed, so no figure was added to benchmarks/results. "
             "The same command asks them again."
         )
     if lines:
         click.echo(f"Added to {append(lines)}")
+
+
+def cost_of(workload: str, frames: int, seconds: float) -> list[Figure]:
+    """What asking took, with the most memory that this process has had; nothing where all answers were there."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    figures = [Figure("frames_per_s", [frames / seconds], "1/s", workload), Figure("client_memory_mib", [peak], "MiB", workload)]
+    return figures if frames else []
 
 
 SERVER = ("tritonserver", "engine_kinds", "precision")

@@ -88,12 +88,14 @@ class Prediction:
 
     def masks(self, branch: str, index: int) -> Masks:
         """[T, H, W] of one object; all False for one that the answer does not name."""
-        tracks = self.tracks[branch]
-        if index >= len(tracks):
-            return np.zeros(self.size, bool)
-        size = self.size[1:]
-        masks: Masks = np.stack([coco.decode({"size": size, "counts": counts}) for counts in tracks[index]]).view(bool)
-        return masks
+        return np.stack([self.mask(branch, index, frame) for frame in range(self.size[0])])
+
+    def mask(self, branch: str, index: int, frame: int) -> Masks:
+        """[H, W] of one object on one frame."""
+        if index >= len(self.tracks[branch]):
+            return np.zeros(self.size[1:], bool)
+        mask: Masks = coco.decode({"size": self.size[1:], "counts": self.tracks[branch][index][frame]}).view(bool)
+        return mask
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Scores:
     """What a benchmark says of its predictions.
 
     Args:
-        rows: of report.csv, at least "sample", "prompt" and "answer" first; one per sample.
+        rows: of report.csv, at least "sample", "prompt" and "answer" first; one per sample. "failure" says why one has no figure, although
+            it has a prediction.
         figures: to be kept.
     """
 
@@ -158,6 +161,6 @@ class Benchmark(Protocol):
         """Compares, and writes what the benchmark's own tools or servers take under `out`.
 
         Args:
-            samples: those that have a prediction; figures say nothing of others.
+            samples: those that have a prediction.
             branches: `tracked`, `framewise` or both: what the predictions hold; metrics are named "<branch>_<metric>".
         """

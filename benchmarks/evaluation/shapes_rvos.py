@@ -11,20 +11,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from sparrow_client._media import MediaError
 from tqdm import tqdm
 
 from ensemble.masks import tight_boxes
 
+from .annotations import read_json
 from .clips import read_frames
 from .davis import Score, region_similarity, score
-from .files import read_json, read_palettes
+from .palettes import check_size, read_palettes
 from .samples import Clip, DatasetError, Figure, Floats, Masks, Predictions, Row, Sample, Scores
 
 SEG_ALONE = "seg_alone"
@@ -74,7 +75,7 @@ class ShapesRvos:
     def videos(self) -> list[Video]:
         """Raises DatasetError where something is missing."""
         names = ("meta_expressions.json", "questions.json")
-        expressions, questions = (read_json(self.folder / name, "a split of shapes-rvos") for name in names)
+        expressions, questions = (read_json(self.folder / name) for name in names)
         videos = [self.video(name, entry["frames"], questions.get(name, [])) for name, entry in expressions["videos"].items()]
         files = [path for video in videos for path in (video.path, *video.annotations)]
         missing = [str(path) for path in files if not path.exists()]
@@ -159,12 +160,6 @@ class ShapesRvos:
         return figures
 
 
-def check_size(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Raises DatasetError unless frames, or masks of them, are as many and as large as the annotations."""
-    if tuple(got) != tuple(expected):
-        raise DatasetError(f"{name}: got frames {list(got)}, expected {list(expected)} as annotated. Get the data set again.")
-
-
 def measures(kind: str, tracks: Mapping[str, Masks], annotated: NDArray[np.uint8], objects: Sequence[int]) -> Row:
     """What report.csv says of an answer.
 
@@ -197,18 +192,8 @@ def matched_score(tracks: Masks, wanted: Masks) -> Score:
     """Means over the wanted objects, [A, T, H, W], each with the track, of [P, T, H, W], that suits all best; 0 without one."""
     scores = [[score(track, masks) for masks in wanted] for track in tracks]
     table = np.array([[entry.j_and_f for entry in row] for row in scores]).reshape(len(tracks), len(wanted))
-    chosen = [scores[track][object_] for track, object_ in best_matching(table)]
+    chosen = [scores[track][object_] for track, object_ in zip(*linear_sum_assignment(table, maximize=True), strict=True)]
     return Score(sum(entry.j for entry in chosen) / len(wanted), sum(entry.f for entry in chosen) / len(wanted))
-
-
-def best_matching(table: Floats) -> list[tuple[int, int]]:
-    """(row, column) pairs of the highest sum, no row or column twice and none left over that could have a partner; tries all."""
-    num_rows, num_columns = table.shape
-    if num_rows > num_columns:
-        return [(row, column) for column, row in best_matching(table.T)]
-    choices = np.array(list(permutations(range(num_columns), num_rows)), int)  # [N, R]
-    best = choices[table[np.arange(num_rows), choices].sum(1).argmax()]
-    return list(enumerate(best.tolist()))
 
 
 def is_right_object(mask: NDArray[np.bool_], annotated: NDArray[np.uint8], object_id: int) -> bool:
