@@ -94,8 +94,9 @@ def test_page_of_a_run_without_answers_says_so(tmp_path):
     assert "<svg" not in page
 
 
-def test_ranking_is_the_first_figure():
-    assert ranking([{"sample": "a", "answer": "x"}, {"sample": "b", "j": 1.0, "f": 2.0}]) == "j"
+def test_ranking_is_by_the_first_j_and_f_or_the_first_figure():
+    assert ranking([{"sample": "a", "answer": "x"}, {"sample": "b", "iou": 1.0, "recall": 2.0}]) == "iou"
+    assert ranking([{"sample": "b", "tracked_j": 1.0, "tracked_j_and_f": 2.0, "framewise_j_and_f": 3.0}]) == "tracked_j_and_f"
     assert ranking([]) == ""
 
 

@@ -66,9 +66,11 @@ def write_page(path: Path, run: Mapping[str, Any], rows: Sequence[Row], samples:
 
 
 def ranking(rows: Sequence[Row]) -> str:
-    """The first column that holds a figure in some row; empty where none does."""
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return next((name for name in columns if any(isinstance(row.get(name), float) for row in rows)), "")
+    """The column that answers are ranked by: the first J&F, or else the first that holds a figure in some row; empty where none does."""
+    columns = [
+        name for name in dict.fromkeys(name for row in rows for name in row) if any(isinstance(row.get(name), float) for row in rows)
+    ]
+    return next((name for name in columns if name.endswith("j_and_f")), next(iter(columns), ""))
 
 
 def paper_figure(run: Mapping[str, Any], metric: str) -> float | None:
