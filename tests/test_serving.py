@@ -242,7 +242,7 @@ BAD_QUESTIONS = {
     "changing size": ({"frames": [GOOD[0], GOOD[1, 1:]]}, "sparrow.frames: got frames of sizes"),
     "1x1": ({"frames": GOOD[:, :1, :1]}, "sparrow.frames: got [2, 1, 1, 3] uint8"),
     "8000x8000": ({"frames": np.zeros((1, 8000, 8000, 3), np.uint8)}, "sparrow.frames: got [1, 8000, 8000, 3] uint8"),
-    "too many frames": ({"frames": np.zeros((65, 16, 16, 3), np.uint8)}, "Keep clip_frames within 1..64"),
+    "too many frames": ({"frames": np.zeros((1025, 16, 16, 3), np.uint8)}, "Keep clip_frames within 1..1024"),
     "not a picture": ({"frames": None, "encoded_frames": [b"no picture"]}, "sparrow.encoded_frames[0]: got 10 bytes that are no readable"),
     "unknown option": ({"colour": "red"}, "sparrow: got an option 'colour'"),
     "wrong option": ({"branch": "all"}, "sparrow: got branch = 'all', expected tracked or framewise or both"),

@@ -192,7 +192,7 @@ def test_what_to_track_has_to_be_said_once(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prompt", [("--box", "1,2,3"), ("--box", "a,b,c,d"), ("--point", "1,2,3"), ("--point", ""), ("--first-frames", "65")]
+    "prompt", [("--box", "1,2,3"), ("--box", "a,b,c,d"), ("--point", "1,2,3"), ("--point", ""), ("--first-frames", "1025")]
 )
 def test_prompt_that_is_no_prompt_is_a_usage_error(folder, tmp_path, prompt):
     assert f"Invalid value for '{prompt[0]}'" in fail(folder, *prompt, "-o", tmp_path / "out", status=2)
