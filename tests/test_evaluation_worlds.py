@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from functools import partial
 
 import cv2
 import numpy as np
@@ -82,14 +83,18 @@ def write_json(path, fields):
     path.write_text(json.dumps(fields))
 
 
-def write_davis(world, root):
-    world.write_pictures(root / "valid" / "JPEGImages")
-    world.write_annotations(root / "valid" / "Annotations")
+def write_refer(split, benchmark, world, root):
+    """The layout of ReferFormer."""
+    world.write_pictures(root / split / "JPEGImages")
+    world.write_annotations(root / split / "Annotations")
     videos = {name: {"expressions": world.expressions(name), "frames": world.names} for name in world.scenes}
-    write_json(root / "meta_expressions" / "valid" / "meta_expressions.json", {"videos": videos})
-    return RefDavis17(root, "valid"), lambda key: [
-        world.masks(key.split("/")[0], int(videos[key.split("/")[0]]["expressions"][expression(key)]["obj_id"]))
-    ]
+    write_json(root / "meta_expressions" / split / "meta_expressions.json", {"videos": videos})
+
+    def masks_of(key):
+        name = key.split("/")[0]
+        return [world.masks(name, int(videos[name]["expressions"][expression(key)]["obj_id"]))]
+
+    return benchmark(root, split), masks_of
 
 
 def expression(key):
@@ -111,16 +116,6 @@ def write_mevis(world, root):
     write_json(root / "valid_u" / "mask_dict.json", masks)
     return Mevis(root, "valid_u"), lambda key: [
         world.masks(key.split("/")[0], videos[key.split("/")[0]]["expressions"][expression(key)]["obj_id"][0])
-    ]
-
-
-def write_ytvos(world, root):
-    world.write_pictures(root / "train" / "JPEGImages")
-    world.write_annotations(root / "train" / "Annotations")
-    videos = {name: {"expressions": world.expressions(name), "frames": world.names} for name in world.scenes}
-    write_json(root / "meta_expressions" / "train" / "meta_expressions.json", {"videos": videos})
-    return RefYtvos(root, "train"), lambda key: [
-        world.masks(key.split("/")[0], int(videos[key.split("/")[0]]["expressions"][expression(key)]["obj_id"]))
     ]
 
 
@@ -245,9 +240,9 @@ def perfect(sample, masks, names):
 @pytest.mark.parametrize(
     ("write", "metric", "least"),
     [
-        (write_davis, "j_and_f", 100),
+        (partial(write_refer, "valid", RefDavis17), "j_and_f", 100),
         (write_mevis, "j_and_f", 100),
-        (write_ytvos, "j_and_f", 100),
+        (partial(write_refer, "train", RefYtvos), "j_and_f", 100),
         (write_gcg, "miou", 97),  # crumbs of less than 20 px do not count
         (write_vidstg, "gt_viou", 90),  # boxes in whole pixels of a smaller frame
         (write_hcstvg, "gt_viou", 90),
