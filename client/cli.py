@@ -30,9 +30,23 @@ class Verbs(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         for entry in entry_points(group="sparrow.verbs", name=name):
-            command: click.Command = entry.load()
+            try:
+                command: click.Command = entry.load()
+            except ImportError as error:
+                return unavailable(name, f"needs {error.name}: pip install 'sparrow-serving[{','.join(entry.extras)}]'")
             return command
         return None
+
+
+def unavailable(name: str, reason: str) -> click.Command:
+    """A verb whose packages are not installed: the others work, and this one says what it needs."""
+
+    def refuse(arguments: tuple[str, ...]) -> None:
+        raise click.ClickException(f"{name} {reason}")
+
+    settings = {"ignore_unknown_options": True}
+    parameters: list[click.Parameter] = [click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)]
+    return click.Command(name, settings, refuse, parameters, help=reason[0].upper() + reason[1:])
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
