@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks.evaluation.clips import read_frames
+from benchmarks.evaluation.palettes import PALETTE
 from benchmarks.evaluation.shapes_rvos import ShapesRvos
 from training.shapes_rvos.__main__ import main
-from training.shapes_rvos.files import davis_palette, object_ids, render_scene
+from training.shapes_rvos.files import object_ids, render_scene
 from training.shapes_rvos.language import absent, corpus, description, expressions, referring
 from training.shapes_rvos.render import pack, render
 from training.shapes_rvos.scene import COLOURS, HELD_OUT, MAX_ACTORS, PATTERNS, SHAPES, SIZES, draw_scene
@@ -294,7 +295,7 @@ def test_files_hold_what_was_drawn(written):
         stored = [Image.open(path) for path in video.annotations]
         np.testing.assert_array_equal(np.stack(stored), annotations)
         assert stored[0].mode == "P"
-        assert stored[0].getpalette()[:12] == davis_palette()[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
+        assert stored[0].getpalette()[:12] == list(PALETTE[:12]) == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
         assert set(np.unique(annotations[0])) == {0, *object_ids(scene).values()}
         assert [sample.kind for sample in video.samples] == ["referring"] * len(object_ids(scene)) + ["description", "absent"]
 

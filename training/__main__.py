@@ -7,6 +7,7 @@ towers ─► alignment ───────┴─► joint ─► selection �
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def main(out: Path, stages: tuple[str, ...], scale: float, scenes: int, clips: i
         if stage == "checkpoint":
             root = out / "checkpoint"
             write_checkpoint(root, NANO, model.states())
-            write_tokenizer(root / SOURCES["sparrow"], NANO.language.vocab_size, corpus())
+            shutil.copytree(tokenizer, root / SOURCES["sparrow"], dirs_exist_ok=True)  # the one that was trained with
             click.echo(f"Checkpoint: {root}")
             continue
         model.to(device)

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ensemble import settings
+from ensemble.components import VISUAL_PLACEHOLDER
 from ensemble.config import ModelConfig
 from ensemble.frames import encoder_indices
-from ensemble.prompt import ASSISTANT, SYSTEM
+from ensemble.prompt import ASSISTANT, prompt_ids
 from ensemble.tokenizer import Tokenizer
 
 from .shapes_rvos.language import Question, absent, description, referring
@@ -33,8 +34,6 @@ NUM_FRAMES = 24
 """Frames of a video."""
 QUESTIONS = {referring: 4, description: 2, absent: 1}
 """Questions of every scene."""
-VISUAL = -200
-"""Stands for the visual tokens in `Questions.ids`."""
 MOSTLY = 0.35
 """Part of a patch that an actor has to cover to be what the patch shows."""
 IGNORED = -100
@@ -82,11 +81,7 @@ class Pool:
             pieces = pool.map(work, range(workers))
         scenes = [scene for own, _ in pieces for scene in own]
         self.packed = {name: tensor.to(device) for name, tensor in pack(scenes).items()}
-        visible = torch.zeros(len(scenes), MAX_ACTORS, dtype=torch.bool)
-        for index, scene in enumerate(scenes):
-            visible[index, list(visible_on_first_frame(scene))] = True
-        self.visible = visible.to(device)
-        """[S, MAX_ACTORS] bool"""
+        self._count = len(scenes)
         self.attributes = {
             name: torch.tensor([[values.index(getattr(a, name)) for a in s.actors] + [0] * (MAX_ACTORS - len(s.actors)) for s in scenes])
             .long()
@@ -97,12 +92,14 @@ class Pool:
         self.questions: Questions | None = None
         if tokenizer_folder:
             self.questions = join([tokens for _, own in pieces for tokens in own], device)
+            size = self.questions.scene % len(SIZES)
+            self._rows = [torch.where(size == index)[0] for index in range(len(SIZES))]
         self.generator = torch.Generator(device).manual_seed(seed)
         self._random = random.Random(seed)
         self._seen: Seen | None = None
 
     def __len__(self) -> int:
-        return len(self.visible)
+        return self._count
 
     def half(self) -> torch.autocast:
         """Mixed precision, where the device is made for it."""
@@ -114,9 +111,8 @@ class Pool:
 
     def rows(self, count: int) -> tuple[Tensor, tuple[int, int]]:
         """Random questions about scenes of one size: [count] int64, and that size."""
-        assert self.questions
         size = self.size()
-        own = torch.where(self.questions.scene % len(SIZES) == size)[0]
+        own = self._rows[size]
         return own[self.integers(len(own), count)], SIZES[size]
 
     @property
@@ -237,13 +233,12 @@ def ask(scene: Scene, rng: random.Random) -> list[Question]:
 
 def tokens(tokenizer: Tokenizer, question: Question) -> tuple[list[int], int]:
     """Ids of a question with its answer and the end token, and where the answer starts."""
-    prompt = f"\n{question.prompt}{ASSISTANT}"
-    head = [tokenizer.bos_token_id, *tokenizer.encode(SYSTEM), VISUAL]
-    asked = tokenizer.encode(prompt)
-    whole = tokenizer.encode(f"{prompt}{question.answer.replace(' [', '[')}<|end|>")
+    asked = prompt_ids(tokenizer, question.prompt, with_targets=False)
+    head = asked[: asked.index(VISUAL_PLACEHOLDER) + 1]
+    whole = head + tokenizer.encode(f"\n{question.prompt}{ASSISTANT}{question.answer.replace(' [', '[')}<|end|>")
     if whole[: len(asked)] != asked:
         raise ValueError(f"{question.prompt!r}: its tokens change with the answer behind it")
-    return head + whole, len(head) + len(asked)
+    return whole, len(asked)
 
 
 def join(pieces: list[tuple[int, list[int], int, Question]], device: str) -> Questions:
@@ -257,7 +252,7 @@ def join(pieces: list[tuple[int, list[int], int, Question]], device: str) -> Que
         targets[row, start - 1 : len(own) - 1] = own[start:]
         objects[row, : len(question.objects)] = question.objects
     scene = np.array([index for index, *_ in pieces])
-    place = pieces[0][1].index(VISUAL)
+    place = pieces[0][1].index(VISUAL_PLACEHOLDER)
     on_device = [torch.from_numpy(array).to(device) for array in (scene, ids, targets, objects)]
     return Questions(on_device[0], on_device[1], on_device[2], on_device[3], place)
 

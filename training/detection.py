@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .batches import SIZES, Pool, frame_times, grounding, proposal_image
+from .batches import NUM_FRAMES, SIZES, Pool, frame_times, grounding, proposal_image
 from .loop import Loss
 from .losses import corners, detection_loss, mask_boxes, pairwise_iou
 from .model import Model
@@ -21,9 +21,7 @@ CELL_REPEATS = 4
 
 def start(model: Model) -> None:
     """Copies the trunk of the frame encoder: the original's proposer has that of SAM2 too (spec 4.2)."""
-    trained = model.frame_encoder.trunk.state_dict()
-    own = model.proposal_detector.trunk.state_dict()
-    model.proposal_detector.trunk.load_state_dict(trained | {name: own[name] for name in own if own[name].shape != trained[name].shape})
+    model.proposal_detector.trunk.load_state_dict(model.frame_encoder.trunk.state_dict())
 
 
 def visible_boxes(masks: Tensor) -> Tensor:
@@ -39,7 +37,7 @@ def loss(model: Model, pool: Pool, images: int = 96) -> tuple[Loss, list[nn.Para
 
     def of(step: int, progress: float) -> dict[str, Tensor]:
         scenes = pool.pick(images)
-        frames, masks = pool.render(scenes, frame_times(pool.integers(24, images, 1), pool.device), SIZES[pool.size()])
+        frames, masks = pool.render(scenes, frame_times(pool.integers(NUM_FRAMES, images, 1), pool.device), SIZES[pool.size()])
         targets = visible_boxes(masks[:, 0])
         with pool.half():
             memory = detector.encode(proposal_image(grounding(frames[:, 0], model.config), model.config))

@@ -169,9 +169,8 @@ class Tracking:
         masks = masks.unflatten(0, (clips, num_frames))
         visible = masks[:, 0].flatten(2).sum(2) >= MIN_PIXELS  # [B, A]
         order = (pool.uniform(*visible.shape) + visible).argsort(1, descending=True)[:, : self._objects]  # visible ones first, at random
-        actor = torch.where(
-            visible.gather(1, order), order, order[:, :1]
-        ).flatten()  # one twice where there is no other: shapes stay the same
+        # One twice where there is no other: shapes stay the same.
+        actor = torch.where(visible.gather(1, order), order, order[:, :1]).flatten()
         clip = torch.arange(clips, device=pool.device).repeat_interleave(self._objects)
         targets = masks[clip, :, actor]  # [O, T, S, S]
         prompts = Prompts(pool, targets[:, 0], size)

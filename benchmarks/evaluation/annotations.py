@@ -91,11 +91,6 @@ def picture_problems(name: str, files: Sequence[Path], size: Size | None = None)
     return [f"{name}: {len(own)} of {len(files)} pictures {fault}, the first {own[0]}. Fetch them again." for fault, own in faults.items()]
 
 
-def picture_size(path: Path) -> Size:
-    with Image.open(path) as picture:
-        return picture.height, picture.width
-
-
 def video_problem(path: Path, num_frames: int, size: Size) -> str:
     """A line about a video that cannot be read, is shorter than num_frames or has another size; empty if there is nothing to say."""
     try:

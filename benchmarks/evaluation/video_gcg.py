@@ -35,7 +35,7 @@ from pycocotools import mask as coco
 from sparrow_client._media import IMAGE_SUFFIXES, read_mask
 from tqdm import tqdm
 
-from .annotations import Mask, Size, check_whole, expected_fields, missing, picture_problems, picture_size, read_json, without_blobs
+from .annotations import Mask, Size, check_whole, expected_fields, missing, picture_problems, read_json, without_blobs
 from .captions import (
     SCORED_CHARACTERS,
     PhraseSimilarity,
@@ -45,6 +45,7 @@ from .captions import (
     original_phrases,
     original_text,
 )
+from .clips import picture_size
 from .samples import Clip, DatasetError, Figure, Floats, Prediction, Predictions, Row, Sample, Scores
 
 PROMPT = (

@@ -19,8 +19,9 @@ import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
+
+from benchmarks.evaluation.palettes import write_palette
 
 from .language import LOOKS, absent, description, expressions, referring
 from .render import pack, render
@@ -84,16 +85,8 @@ def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
 def write_annotations(folder: Path, annotations: NDArray[np.uint8]) -> None:
     """[T, H, W] of object ids as a picture per frame."""
     folder.mkdir(exist_ok=True)
-    palette = davis_palette()
     for i, annotation in enumerate(annotations):
-        picture = Image.fromarray(annotation, "P")
-        picture.putpalette(palette)
-        picture.save(folder / f"{frame_name(i)}.png")
-
-
-def davis_palette() -> list[int]:
-    """The colours of DAVIS: bits 0, 1 and 2 of an index are the highest bits of red, green and blue, 3, 4 and 5 the next ones, ..."""
-    return [sum((index >> 3 * place + part & 1) << 7 - place for place in range(3)) for index in range(256) for part in range(3)]
+        write_palette(folder / f"{frame_name(i)}.png", annotation)
 
 
 def frame_name(index: int) -> str:
