@@ -64,9 +64,10 @@ def benchmark_command(name: str) -> click.Command:
     """`sparrow eval NAME`; its help is the first paragraph of what the class says of itself."""
     module, class_name = BENCHMARKS[name].split(":")
     kind: Any = getattr(import_module(f".{module}", __package__), class_name)
+    arguments: Mapping[str, Mapping[str, Any]] = getattr(kind, "arguments", {})
 
     def run(data: Path, split: str, check_data: bool, out: Path | None, protocol: str, **asking: Any) -> None:
-        own = {key: asking.pop(key) for key in ("ablations", "bert") if key in asking}
+        own = {name: asking.pop(name) for name in arguments}
         try:
             benchmark = kind(data, split, **own)
             if check_data:
@@ -99,12 +100,7 @@ def benchmark_command(name: str) -> click.Command:
             help="fixed: the benchmark's own rules; original: what the scripts of the original compute (docs/evaluation.md).",
         ),
     ]
-    if name == "shapes-rvos":
-        options.append(click.option("--ablations", is_flag=True, help="Also ask the referring questions without detection guidance."))
-    if name == "video-gcg":
-        folder = click.Path(path_type=Path, exists=True, file_okay=False)
-        about_bert = "Folder of bert-base-uncased, by which phrases are compared; without it there is no recall."
-        options.append(click.option("--bert", type=folder, envvar="SPARROW_BERT", show_envvar=True, help=about_bert))
+    options += [click.option(f"--{name}", **fields) for name, fields in arguments.items()]
     for option in reversed(options):
         run = option(run)
     about, *_ = cleandoc(kind.__doc__).split("\n\n")

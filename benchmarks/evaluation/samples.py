@@ -136,6 +136,8 @@ Predictions = Callable[[Sample], Prediction]
 class Benchmark(Protocol):
     """A data set on disk, how it is asked, and how it is scored. Built from (root, split); reads nothing big before it is asked to.
 
+    One that takes more says so in `arguments`: name to what `click.option` takes.
+
     Raises DatasetError from `samples` where the data set is not there or not whole.
     """
 

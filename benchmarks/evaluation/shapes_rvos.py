@@ -67,6 +67,9 @@ class ShapesRvos:
     splits = ("test", "valid", "train")
     protocols = ("fixed",)
     options: Mapping[str, str | float | bool] = {}
+    arguments: Mapping[str, Mapping[str, Any]] = {
+        "ablations": {"is_flag": True, "help": "Also ask the referring questions without detection guidance."}
+    }
 
     def __init__(self, root: Path, split: str, ablations: bool = False) -> None:
         self.folder, self.ablations = root / split, ablations

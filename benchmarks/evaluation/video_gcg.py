@@ -286,6 +286,14 @@ class VideoGcg:
     splits = ("all", *PARTS)
     protocols = ("fixed", "original")
     options: Mapping[str, str | float | bool] = {"box_prior_max_keep": 1, "max_new_tokens": 512}
+    arguments: Mapping[str, Mapping[str, Any]] = {
+        "bert": {
+            "type": click.Path(path_type=Path, exists=True, file_okay=False),
+            "envvar": BERT,
+            "show_envvar": True,
+            "help": "Folder of bert-base-uncased, by which phrases are compared; without it there is no recall.",
+        }
+    }
 
     def __init__(self, root: Path, split: str, bert: Path | None = None) -> None:
         """`bert`: folder of bert-base-uncased, by which phrases are compared; None: $SPARROW_BERT; without either there is no recall."""
