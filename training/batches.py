@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from ensemble import settings
 from ensemble.components import VISUAL_PLACEHOLDER
-from ensemble.config import ModelConfig
+from ensemble.config import LanguageConfig, ModelConfig
 from ensemble.frames import encoder_indices
 from ensemble.prompt import ASSISTANT, prompt_ids
 from ensemble.tokenizer import Tokenizer
@@ -32,31 +34,46 @@ CHUNK = 64
 """Scenes that are rendered at once for the vision towers."""
 NUM_FRAMES = 24
 """Frames of a video."""
-QUESTIONS = {referring: 4, description: 2, absent: 1}
-"""Questions of every scene."""
+QUESTIONS = {referring: 5, absent: 2, description: 1}
+"""Questions of every scene, in this order."""
+MAX_OBJECTS = QUESTIONS[referring] + QUESTIONS[description] * MAX_ACTORS
+"""[SEG]s in the answers to a scene's questions."""
 MOSTLY = 0.35
 """Part of a patch that an actor has to cover to be what the patch shows."""
 IGNORED = -100
 """Target of a token that is not trained."""
+NOTHING = -1
+"""What an answer speaks of that finds nothing."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Tokens of Q questions and their answers.
+    """Every scene's questions and their answers, one behind the other: they share the clip in front of them, and do not see each other.
 
     Args:
-        scene: [Q] int64.
-        ids: [Q, L] int64: the visual placeholder stands at index `place`, zeros fill up.
-        targets: [Q, L] int64: the token that should follow, IGNORED outside of the answer.
-        objects: [Q, MAX_ACTORS] int64: actor of each [SEG] in turn, -1 behind the last.
+        ids: [S, L] int64: the visual placeholder stands at index `place`, zeros fill up.
+        turns: [S, L] int64: the question that a token belongs to, -1 up to the placeholder.
+        positions: [S, L] int64: of each token, were its question alone.
+        targets: [S, L] int64: the token that should follow, IGNORED outside of the answers.
+        spoken: [S, L] int64: the actor that the answer speaks of where a target stands, NOTHING, or IGNORED behind the last one.
+        emitting: [2, S, MAX_OBJECTS] int64: where each [SEG] is the target, and each [BOX]; zeros fill up.
+        objects: [S, MAX_OBJECTS] int64: the actor of each [SEG], -1 where there is none.
         place: index of the visual placeholder.
     """
 
-    scene: Tensor
     ids: Tensor
+    turns: Tensor
+    positions: Tensor
     targets: Tensor
+    spoken: Tensor
+    emitting: Tensor
     objects: Tensor
     place: int
+
+    def of(self, scenes: Tensor) -> dict[str, Tensor]:
+        """The rows of some scenes, by name; what `training.language.Reading` takes."""
+        names = ("ids", "turns", "positions", "targets", "spoken", "objects")
+        return {name: getattr(self, name)[scenes] for name in names} | {"emitting": self.emitting[:, scenes]}
 
 
 class Pool:
@@ -76,7 +93,7 @@ class Pool:
         self, split: str, count: int, tokenizer_folder: Path | None, config: ModelConfig, device: str, seed: int = 0, workers: int = 2
     ) -> None:
         self.config, self.device = config, device
-        work = partial(draw_all, split, count, workers, tokenizer_folder)
+        work = partial(draw_all, split, count, workers, tokenizer_folder, config.language)
         with get_context("spawn").Pool(workers) as pool:
             pieces = pool.map(work, range(workers))
         scenes = [scene for own, _ in pieces for scene in own]
@@ -91,9 +108,7 @@ class Pool:
         """Attribute to [S, MAX_ACTORS] int64: which of its values."""
         self.questions: Questions | None = None
         if tokenizer_folder:
-            self.questions = join([tokens for _, own in pieces for tokens in own], device)
-            size = self.questions.scene % len(SIZES)
-            self._rows = [torch.where(size == index)[0] for index in range(len(SIZES))]
+            self.questions = join([row for _, own in pieces for row in own], device)
         self.generator = torch.Generator(device).manual_seed(seed)
         self._random = random.Random(seed)
         self._seen: Seen | None = None
@@ -109,11 +124,10 @@ class Pool:
         """A random index of SIZES."""
         return self._random.randrange(len(SIZES))
 
-    def rows(self, count: int) -> tuple[Tensor, tuple[int, int]]:
-        """Random questions about scenes of one size: [count] int64, and that size."""
+    def alike(self, count: int) -> tuple[Tensor, tuple[int, int]]:
+        """Random scenes that the vision towers saw at one size: [count] int64, and that size."""
         size = self.size()
-        own = self._rows[size]
-        return own[self.integers(len(own), count)], SIZES[size]
+        return size + len(SIZES) * self.integers((len(self) - size - 1) // len(SIZES) + 1, count), SIZES[size]
 
     @property
     def seen(self) -> Seen:
@@ -207,28 +221,24 @@ def centre_square(frames: Tensor) -> Tensor:
 
 
 def draw_all(
-    split: str, count: int, workers: int, tokenizer_folder: Path | None, worker: int
-) -> tuple[list[Scene], list[tuple[int, list[int], int, Question]]]:
-    """One process's share of the scenes, and (scene, ids, answer's start, question) of their questions."""
+    split: str, count: int, workers: int, tokenizer_folder: Path | None, language: LanguageConfig, worker: int
+) -> tuple[list[Scene], list[dict[str, Row]]]:
+    """One process's share of the scenes, and their questions."""
     indices = np.array_split(np.arange(count), workers)[worker].tolist()
     scenes = [draw_scene(split, index) for index in indices]
-    questions = []
-    if tokenizer_folder:
-        tokenizer = Tokenizer(tokenizer_folder)
-        for index, scene in zip(indices, scenes, strict=True):
-            rng = random.Random(f"{split} {index}")
-            for question in ask(scene, rng):
-                ids, start = tokens(tokenizer, question)
-                questions.append((index, ids, start, question))
-    return scenes, questions
+    if not tokenizer_folder:
+        return scenes, []
+    tokenizer = Tokenizer(tokenizer_folder)
+    asked = (ask(scene, random.Random(f"{split} {index}")) for index, scene in zip(indices, scenes, strict=True))
+    return scenes, [lay_out(tokenizer, questions, language) for questions in asked]
 
 
 def ask(scene: Scene, rng: random.Random) -> list[Question]:
     """Questions of every kind about a scene."""
     there = visible_on_first_frame(scene)
     asked = [referring(scene, rng.choice(there), rng) for _ in range(QUESTIONS[referring])]
-    asked += [description(scene, rng) for _ in range(QUESTIONS[description])]
-    return asked + [absent(scene, rng) for _ in range(QUESTIONS[absent])]
+    asked += [absent(scene, rng) for _ in range(QUESTIONS[absent])]
+    return asked + [description(scene, rng) for _ in range(QUESTIONS[description])]
 
 
 def tokens(tokenizer: Tokenizer, question: Question) -> tuple[list[int], int]:
@@ -241,20 +251,53 @@ def tokens(tokenizer: Tokenizer, question: Question) -> tuple[list[int], int]:
     return whole, len(asked)
 
 
-def join(pieces: list[tuple[int, list[int], int, Question]], device: str) -> Questions:
+Row = list[int]
+
+
+def lay_out(tokenizer: Tokenizer, asked: list[Question], language: LanguageConfig) -> dict[str, Row]:
+    """A scene's row of every field of `Questions`, not filled up; "seg" and "box" are the two of `emitting`."""
+    row: defaultdict[str, Row] = defaultdict(list)
+    for turn, question in enumerate(asked):
+        ids, start = tokens(tokenizer, question)
+        tail = ids.index(VISUAL_PLACEHOLDER) + 1
+        if not turn:
+            row["ids"], row["turns"], row["positions"] = ids[:tail], [-1] * tail, list(range(tail))
+            row["targets"], row["spoken"] = [IGNORED] * tail, [IGNORED] * tail
+        told = 0  # objects
+        for position in range(tail, len(ids)):
+            target = ids[position + 1] if start - 1 <= position < len(ids) - 1 else IGNORED
+            spoken = IGNORED
+            if target != IGNORED:
+                spoken = question.objects[told] if told < len(question.objects) else IGNORED if question.objects else NOTHING
+            if target in (language.seg_token_id, language.box_token_id):
+                row["seg" if target == language.seg_token_id else "box"].append(len(row["ids"]))
+                told += target == language.seg_token_id
+            for name, value in (("ids", ids[position]), ("turns", turn), ("positions", position), ("targets", target), ("spoken", spoken)):
+                row[name].append(value)
+        row["objects"] += question.objects
+    return row
+
+
+def join(rows: list[dict[str, Row]], device: str) -> Questions:
     """Questions as tensors."""
-    longest = max(len(ids) for _, ids, _, _ in pieces)
-    ids = np.zeros((len(pieces), longest), np.int64)
-    targets = np.full((len(pieces), longest), IGNORED, np.int64)
-    objects = np.full((len(pieces), MAX_ACTORS), -1, np.int64)
-    for row, (_, own, start, question) in enumerate(pieces):
-        ids[row, : len(own)] = own
-        targets[row, start - 1 : len(own) - 1] = own[start:]
-        objects[row, : len(question.objects)] = question.objects
-    scene = np.array([index for index, *_ in pieces])
-    place = pieces[0][1].index(VISUAL_PLACEHOLDER)
-    on_device = [torch.from_numpy(array).to(device) for array in (scene, ids, targets, objects)]
-    return Questions(on_device[0], on_device[1], on_device[2], on_device[3], place)
+    longest = 8 * ceil((max(len(row["ids"]) for row in rows) - 1) / 8) + 1  # one makes place for the clip: attention likes multiples of 8
+
+    def filled(name: str, length: int, fill: int) -> Tensor:
+        array = np.full((len(rows), length), fill, np.int64)
+        for own, row in zip(array, rows, strict=True):
+            own[: len(row[name])] = row[name]
+        return torch.from_numpy(array).to(device)
+
+    return Questions(
+        filled("ids", longest, 0),
+        filled("turns", longest, sum(QUESTIONS.values())),
+        filled("positions", longest, 0),
+        filled("targets", longest, IGNORED),
+        filled("spoken", longest, IGNORED),
+        torch.stack([filled("seg", MAX_OBJECTS, 0), filled("box", MAX_OBJECTS, 0)]),
+        filled("objects", MAX_OBJECTS, -1),
+        rows[0]["ids"].index(VISUAL_PLACEHOLDER),
+    )
 
 
 def frame_times(indices: Sequence[int] | Tensor, device: str) -> Tensor:

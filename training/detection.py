@@ -31,9 +31,10 @@ def visible_boxes(masks: Tensor) -> Tensor:
 
 
 def loss(model: Model, pool: Pool, images: int = 96) -> tuple[Loss, list[nn.Parameter]]:
-    """The loss of a step, and heads that name what a query found: its features have to tell objects apart (spec 5.1)."""
+    """The loss of a step, and heads that say what and where a query found: its features have to tell objects apart (spec 5.1)."""
     detector = model.proposal_detector
     naming = Naming(model.config.proposer.width, without=("motion",)).to(pool.device)
+    place = nn.Linear(model.config.proposer.width, 4).to(pool.device)
 
     def of(step: int, progress: float) -> dict[str, Tensor]:
         scenes = pool.pick(images)
@@ -48,7 +49,8 @@ def loss(model: Model, pool: Pool, images: int = 96) -> tuple[Loss, list[nn.Para
         boxes, features, coco, sa1b = detector.refine(memory, references)
         queries, (image, query, actor) = detection_loss([coco, sa1b], boxes, targets, 1)
         classes = {name: values[scenes[image]] for name, values in pool.attributes.items()}
-        named = naming(features[image, query], actor, classes)
+        found = features[image, query]
+        named = naming(found, actor, classes)
         with torch.no_grad():
             there = (targets[..., 2:] > targets[..., :2]).all(-1)
             best = pairwise_iou(corners(boxes), targets)[0].amax(1)[there]
@@ -56,9 +58,10 @@ def loss(model: Model, pool: Pool, images: int = 96) -> tuple[Loss, list[nn.Para
             "cells": cells,
             "queries": queries,
             "names": 0.5 * named.pop("loss"),
+            "place": 5 * (place(found) - targets[image, actor]).abs().mean(),
             **named,
             "_recall": (best >= 0.5).float().mean(),
             "_iou": best.mean(),
         }
 
-    return of, list(naming.parameters())
+    return of, [*naming.parameters(), *place.parameters()]

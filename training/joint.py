@@ -5,18 +5,17 @@ Every third step is one of `segmentation`, so that the mask decoder does not for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ensemble import settings
 from ensemble.components import ABSENT, BOTTOM_RIGHT, PAD, TEXT, TOP_LEFT
+from export.models.proposal_selector import MIN_SCORE
 
-from .batches import NUM_FRAMES, Pool, Questions, frame_times, grounding, proposal_image
+from .batches import NUM_FRAMES, Pool, frame_times, grounding, proposal_image
 from .detection import visible_boxes
-from .language import answer_loss, embed, read
+from .language import answer, answer_loss, see
 from .loop import Loss
 from .losses import corners, mask_boxes, pairwise_iou
 from .model import Model
@@ -37,101 +36,67 @@ GRAPHS = (
 )
 LEARNING_RATE = 8e-4
 SEGMENTATION_EVERY = 3
+TEXT_WEIGHT = 3.0
+"""Answers must not get worse while masks are learned."""
 OBJECTS = 64
 """Masks that are decoded in a step."""
 SAME = 0.5
 """IoU from which a proposal is the object's."""
 
 
-def prompts_of(model: Model, questions: Questions, rows: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the answers' [SEG] and [BOX] say, for all objects of all questions.
-
-    Returns:
-        question [O] (index of `rows`), actor [O], [SEG] embeddings [O, C], [BOX] embeddings [O, C].
-    """
-    language = model.config.language
-    behind = states[:, questions.place + model.config.video_tokens :]
-    targets = questions.targets[rows][:, questions.place + 1 :]
-    question, turn = torch.where(questions.objects[rows] >= 0)
-    actor = questions.objects[rows][question, turn]
-    found = []
-    for token in (language.seg_token_id, language.box_token_id):
-        emitting = behind[targets == token]  # in the order of (question, turn): the states that emit the token
-        found.append(model.prompt_projector(emitting).float())
-    return question, actor, found[0], found[1]
-
-
-class Grounding:
-    """Loss of masks: from [SEG] alone, then with the box, on the first frame as tracking starts, and on another frame as framewise decodes.
+def prompts_of(model: Model, place: int, emitting: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """What the answers' [SEG]s and [BOX]es say: embeddings [N, K, C] each, of nothing where there are fewer.
 
     Args:
-        model, pool: of the stage.
-        parameters: that are trained.
+        place, emitting: of `Questions`, for N rows.
+        states: [N, T, C] behind the clip.
     """
+    # The states that emit the tokens.
+    at = (emitting - place - 1).clamp(min=0)[..., None].expand(-1, -1, -1, states.shape[2])
+    seg, box = (model.prompt_projector(states.gather(1, own).flatten(0, 1)).unflatten(0, own.shape[:2]).float() for own in at)
+    return seg, box
 
-    def __init__(self, model: Model, pool: Pool, parameters: Sequence[Tensor]) -> None:
-        self._model, self._pool = model, pool
-        self._replay = Replay(self._decode, parameters, leaves=("seg",))
 
-    def __call__(
-        self, seg: Tensor, boxes: Tensor, features: tuple[Tensor, Tensor, Tensor], first: Tensor, targets: Tensor
-    ) -> dict[str, Tensor]:
-        """The terms, and one that carries the gradients to the embeddings.
+def grounding_loss(
+    model: Model,
+    seg: Tensor,
+    points: Tensor,
+    features: tuple[Tensor, Tensor, Tensor],
+    first: Tensor,
+    targets: Tensor,
+    later: Tensor,
+    guided: Tensor,
+) -> dict[str, Tensor]:
+    """Loss of masks: [SEG] alone, then with the box, on the first frame as tracking starts; and on one of two frames as framewise decodes.
 
-        Args:
-            seg: [O, C]
-            boxes: [O, 4] xyxy on the first frame, in pixels of the grounding frame.
-            features: of frames: each clip's first one at an even index, the other one behind it.
-            first: [O] int64 index of the object's first frame.
-            targets: [O, 2, S, S] bool.
-        """
-        pool, count = self._pool, len(seg)
-        terms, gradients = self._replay(
-            seg=seg,
-            points=F.pad(boxes.view(count, 2, 2), (0, 0, 0, 1)),
-            embeddings=features[0],
-            high_res_1=features[1],
-            high_res_0=features[2],
-            first=first,
-            targets=targets,
-            later=pool.integers(2, count),
-            guided=pool.uniform(count) < 0.5,
-        )
-        return terms | {"through": (seg * gradients["seg"]).sum()}
-
-    def _decode(
-        self,
-        seg: Tensor,
-        points: Tensor,
-        embeddings: Tensor,
-        high_res_1: Tensor,
-        high_res_0: Tensor,
-        first: Tensor,
-        targets: Tensor,
-        later: Tensor,
-        guided: Tensor,
-    ) -> dict[str, Tensor]:
-        model, features, device, count = self._model, (embeddings, high_res_1, high_res_0), seg.device, len(seg)
-        yes = torch.ones_like(guided)
-        with self._pool.half():
-            tracked = layout((PAD, PAD, TEXT), device).expand(count, -1)
-            started = decode(model, features, first, tracked, points * 0, texts=seg)
-            alone, logits, _ = decode_loss(started, targets[:, 0], yes)
-            bound = settings.MASK_PROMPT_CLAMP
-            boxed = layout((TOP_LEFT, BOTTOM_RIGHT, PAD), device).expand(count, -1)
-            earlier = logits.detach().clamp(-bound, bound)
-            boxed_decode = decode(model, features, first, boxed, points, mask_prompts=earlier, has_mask_prompt=yes)
-            refined, _, _ = decode_loss(boxed_decode, targets[:, 0], ~yes)
-            # Framewise: on the first frame or the other one, with the first frame's box or without.
-            text_alone, box_and_text = layout((TEXT, ABSENT, ABSENT), device), layout((TOP_LEFT, BOTTOM_RIGHT, TEXT), device)
-            labels = torch.where(guided[:, None], box_and_text, text_alone)
-            framewise = decode(model, features, first + later, labels, points, texts=seg)
-            apart, _, _ = decode_loss(framewise, targets[torch.arange(count, device=device), later], ~yes)
-        terms = {}
-        for name, own in (("alone", alone), ("refined", refined), ("framewise", apart)):
-            terms[name] = own["mask"] + own["iou"] + own["score"]
-            terms[f"_{name}_iou"] = own["_reached"]
-        return terms
+    Args:
+        seg: [O, C]
+        points: [O, 3, 2]: the corners of a box on the first frame, in pixels of the grounding frame, and nothing.
+        features: of frames: each clip's first one at an even index, the other one behind it.
+        first: [O] int64 index of the object's first frame.
+        targets: [O, 2, S, S] bool.
+        later: [O] int64: 1 to decode the other frame.
+        guided: [O] bool: with the box.
+    """
+    device, count = seg.device, len(seg)
+    yes = torch.ones_like(guided)
+    tracked = layout((PAD, PAD, TEXT), device).expand(count, -1)
+    started = decode(model, features, first, tracked, points * 0, texts=seg)
+    alone, logits, _ = decode_loss(started, targets[:, 0], yes)
+    bound = settings.MASK_PROMPT_CLAMP
+    boxed = layout((TOP_LEFT, BOTTOM_RIGHT, PAD), device).expand(count, -1)
+    earlier = logits.detach().clamp(-bound, bound)
+    boxed_decode = decode(model, features, first, boxed, points, mask_prompts=earlier, has_mask_prompt=yes)
+    refined, _, _ = decode_loss(boxed_decode, targets[:, 0], ~yes)
+    text_alone, box_and_text = layout((TEXT, ABSENT, ABSENT), device), layout((TOP_LEFT, BOTTOM_RIGHT, TEXT), device)
+    labels = torch.where(guided[:, None], box_and_text, text_alone)
+    framewise = decode(model, features, first + later, labels, points, texts=seg)
+    apart, _, _ = decode_loss(framewise, targets[torch.arange(count, device=device), later], ~yes)
+    terms = {}
+    for name, own in (("alone", alone), ("refined", refined), ("framewise", apart)):
+        terms[name] = own["mask"] + own["iou"] + own["score"]
+        terms[f"_{name}_iou"] = own["_reached"]
+    return terms
 
 
 @torch.no_grad()
@@ -146,10 +111,10 @@ def propose(model: Model, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def selector_logits(model: Model, box: Tensor, features: Tensor, scores: Tensor) -> Tensor:
-    """[O, Q]: attention logits of each object's own proposals, as `ProposalSelector.forward`."""
+    """[N, K, Q]: attention logits of each clip's prompts [N, K, C] over its proposals, as `ProposalSelector.forward`."""
     selector = model.proposal_selector
     queries, keys = selector.seg_proj(box), selector.prop_proj(features)
-    logits: Tensor = (keys @ queries[..., None])[..., 0] / keys.shape[-1] ** 0.5 + scores.clamp(min=1e-6).log()
+    logits: Tensor = queries @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5 + scores.clamp(min=MIN_SCORE).log()[:, None]
     return logits
 
 
@@ -175,39 +140,74 @@ def selection_loss(logits: Tensor, boxes: Tensor, targets: Tensor) -> dict[str, 
     return {"selection": ((right + 4 * wrong + ranked) * found).sum() / count, "_selected": hit.sum() / count}
 
 
-def loss(model: Model, pool: Pool, clips: int = 64) -> Loss:
+def loss(model: Model, pool: Pool, clips: int = 48) -> Loss:
     """The loss of a step."""
-    questions, config = pool.questions, model.config
+    questions, config, seen = pool.questions, model.config, pool.seen
     assert questions
-    seen, size = pool.seen, config.sam2.image_size
+    place, size = questions.place, config.sam2.image_size
     parameters = model.parameters_of(GRAPHS)
-    ground, tracking = Grounding(model, pool, parameters), Tracking(model, pool, parameters, max(1, clips // 4))
+    tracking = Tracking(model, pool, parameters, max(1, clips // 4))
 
-    def grounded(step: int) -> dict[str, Tensor]:
-        rows, shape = pool.rows(clips)
-        scenes = questions.scene[rows]
-        two = torch.stack([torch.zeros(clips, device=pool.device), frame_times(1 + pool.integers(NUM_FRAMES - 1, clips), pool.device)], 1)
-        pair, masks = pool.render(scenes, two, shape)
-        grounded_frames = grounding(pair.flatten(0, 1), config)
+    def of_answers(
+        ids: Tensor,
+        turns: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        emitting: Tensor,
+        context: Tensor,
+        video: Tensor,
+        frames: Tensor,
+        truth: Tensor,
+        chosen: Tensor,
+        points: Tensor,
+        masks: Tensor,
+        later: Tensor,
+        guided: Tensor,
+    ) -> dict[str, Tensor]:
         with pool.half():
             with torch.no_grad():
-                features = model.frame_encoder(grounded_frames)
-                boxes, proposal_features, scores = propose(model, proposal_image(grounded_frames[::2], config))
-            states = read(model, embed(model, questions, rows, seen))
-            terms = answer_loss(model, questions.place, questions.targets[rows], states)
-            question, actor, seg, box = prompts_of(model, questions, rows, states)
-            truth = visible_boxes(masks[:, 0])[question, actor]
-            logits = selector_logits(model, box, proposal_features[question], scores[question]).float()
-            terms |= selection_loss(logits, boxes[question], truth)
+                features = model.frame_encoder(frames)
+                boxes, proposal_features, scores = propose(model, proposal_image(frames[::2], config))
+            states = answer(model, place, ids, turns, positions, see(model, context, video))[:, config.video_tokens :]
+            terms = answer_loss(model, targets[:, place + 1 :], turns[:, place + 1 :], states)
+            terms["text"] = TEXT_WEIGHT * terms["text"]
+            seg, box = prompts_of(model, place, emitting, states)
+            logits = selector_logits(model, box, proposal_features, scores).float()
+            terms |= selection_loss(logits.flatten(0, 1), boxes.repeat_interleave(seg.shape[1], 0), truth.flatten(0, 1))
+            first = 2 * (chosen // seg.shape[1])
+            return terms | grounding_loss(model, seg.flatten(0, 1)[chosen], points, features, first, masks, later, guided)
 
-            chosen = pool.integers(len(question), OBJECTS)  # as many in every step: kernels are made for each shape
-            question, actor, seg = question[chosen], actor[chosen], seg[chosen]
-            targets = F.interpolate(masks[question, :, actor].float(), (size, size), mode="bilinear") > 0.5
-            around = jitter(pool, mask_boxes(targets[:, 0])) * size
-        return terms | ground(seg, around, features, 2 * question, targets)
+    replay = Replay(of_answers, parameters)
+
+    def grounded() -> dict[str, Tensor]:
+        scenes, shape = pool.alike(clips)
+        rows = questions.of(scenes)
+        objects = rows.pop("objects")
+        del rows["spoken"]
+        two = torch.stack([torch.zeros(clips, device=pool.device), frame_times(1 + pool.integers(NUM_FRAMES - 1, clips), pool.device)], 1)
+        pair, masks = pool.render(scenes, two, shape)
+        # As many in every step: kernels are made for each shape.
+        chosen = (pool.uniform(objects.numel()) + (objects.flatten() >= 0)).topk(min(OBJECTS, objects.numel())).indices
+        clip, actor = chosen // objects.shape[1], objects.flatten()[chosen].clamp(min=0)
+        targets = F.interpolate(masks[clip, :, actor].float(), (size, size), mode="bilinear") > 0.5
+        around = jitter(pool, mask_boxes(targets[:, 0])) * size
+        boxes = visible_boxes(masks[:, 0]).gather(1, objects.clamp(min=0)[..., None].expand(-1, -1, 4))
+        terms = replay(
+            **rows,
+            context=seen.context_frames(scenes),
+            video=seen.video_frames(scenes),
+            frames=grounding(pair.flatten(0, 1), config),
+            truth=boxes * (objects >= 0)[..., None],
+            chosen=chosen,
+            points=F.pad(around.view(-1, 2, 2), (0, 0, 0, 1)),
+            masks=targets,
+            later=pool.integers(2, len(chosen)),
+            guided=pool.uniform(len(chosen)) < 0.5,
+        )
+        return terms
 
     def of(step: int, progress: float) -> dict[str, Tensor]:
-        terms = grounded(step)
+        terms = grounded()
         if step % SEGMENTATION_EVERY == 0:
             tracked = tracking(5)
             terms["track"], terms["_track_last"] = tracked["mask"] + tracked["iou"] + tracked["score"], tracked["_last"]

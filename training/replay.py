@@ -23,44 +23,41 @@ class Replay:
     Args:
         loss: of tensors, by name; their shapes never change, and it neither draws random numbers nor waits for the GPU.
         parameters: that it depends on.
-        leaves: names of tensors that get gradients too.
     """
 
-    def __init__(self, loss: Callable[..., Terms], parameters: Sequence[Tensor], leaves: Sequence[str] = ()) -> None:
-        self._loss, self._parameters, self._leaves = loss, parameters, leaves
+    def __init__(self, loss: Callable[..., Terms], parameters: Sequence[Tensor]) -> None:
+        self._loss, self._parameters = loss, parameters
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: dict[str, Tensor] = {}
         self._terms: Terms = {}
         self._gradients: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, **inputs: Tensor) -> tuple[Terms, dict[str, Tensor]]:
-        """The terms, and the gradients of the leaves."""
+    def __call__(self, **inputs: Tensor) -> Terms:
+        """The terms."""
         if not next(iter(inputs.values())).is_cuda:
-            own = {name: tensor.detach().requires_grad_(name in self._leaves) for name, tensor in inputs.items()}
-            terms = self._loss(**own)
+            terms = self._loss(**inputs)
             weigh(terms).backward()
-            return detached(terms), {name: gradient(own[name]) for name in self._leaves}
+            return detached(terms)
         if self._graph is None:
             self._capture(inputs)
             assert self._graph
         for name, tensor in inputs.items():
-            self._inputs[name].data.copy_(tensor)
+            self._inputs[name].copy_(tensor)
         self._graph.replay()
         for parameter, own_gradient in self._gradients:
             parameter.grad = own_gradient if parameter.grad is None else parameter.grad + own_gradient
-        return {name: term.clone() for name, term in self._terms.items()}, {
-            name: gradient(self._inputs[name]).clone() for name in self._leaves
-        }
+        return {name: term.clone() for name, term in self._terms.items()}
 
     def _capture(self, inputs: dict[str, Tensor]) -> None:
         kept = [parameter.grad for parameter in self._parameters]
-        self._inputs = {name: tensor.detach().clone().requires_grad_(name in self._leaves) for name, tensor in inputs.items()}
+        self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 weigh(self._loss(**self._inputs)).backward()
-                self._forget()
+                for parameter in self._parameters:
+                    parameter.grad = None  # the next backward pass writes gradients instead of adding to them
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
@@ -71,17 +68,6 @@ class Replay:
         for parameter, gradient_before in zip(self._parameters, kept, strict=True):
             parameter.grad = gradient_before
 
-    def _forget(self) -> None:
-        """Drops gradients, so that the next backward pass writes them instead of adding to them."""
-        for tensor in (*self._parameters, *(self._inputs[name] for name in self._leaves)):
-            tensor.grad = None
-
 
 def detached(terms: Terms) -> Terms:
     return {name: term.detach() for name, term in terms.items()}
-
-
-def gradient(tensor: Tensor) -> Tensor:
-    """A leaf's gradient."""
-    assert tensor.grad is not None
-    return tensor.grad

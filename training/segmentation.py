@@ -174,7 +174,7 @@ class Tracking:
         clip = torch.arange(clips, device=pool.device).repeat_interleave(self._objects)
         targets = masks[clip, :, actor]  # [O, T, S, S]
         prompts = Prompts(pool, targets[:, 0], size)
-        terms, _ = self._replays[num_frames](
+        terms = self._replays[num_frames](
             frames=grounding(frames.flatten(0, 1), self._model.config),
             targets=targets,
             clip=clip,

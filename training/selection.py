@@ -10,7 +10,7 @@ from ensemble import settings
 from .batches import Pool, frame_times, grounding, proposal_image
 from .detection import visible_boxes
 from .joint import prompts_of, propose, selection_loss
-from .language import embed, read
+from .language import answer, see
 from .loop import Loss
 from .model import Model
 
@@ -20,32 +20,33 @@ LEARNING_RATE = 5e-4
 
 def loss(model: Model, pool: Pool, clips: int = 16) -> Loss:
     """The loss of a step."""
-    questions, config = pool.questions, model.config
+    questions, config, seen = pool.questions, model.config, pool.seen
     assert questions
-    seen = pool.seen
+    place = questions.place
 
     def of(step: int, progress: float) -> dict[str, Tensor]:
-        rows, shape = pool.rows(clips)
-        first, masks = pool.render(questions.scene[rows], frame_times([0], pool.device).expand(clips, -1), shape)
+        scenes, shape = pool.alike(clips)
+        rows = questions.of(scenes)
+        first, masks = pool.render(scenes, frame_times([0], pool.device).expand(clips, -1), shape)
         with torch.no_grad(), pool.half():
-            grounded_frames = grounding(first[:, 0], config)
-            features = model.frame_encoder(grounded_frames)
-            boxes, proposal_features, scores = propose(model, proposal_image(grounded_frames, config))
-            states = read(model, embed(model, questions, rows, seen))
-            question, actor, _, box = prompts_of(model, questions, rows, states)
-        truth = visible_boxes(masks[:, 0])
-        attention, regions, owners = [], [], []
-        for clip in question.unique().tolist():
-            own = question == clip
+            frames = grounding(first[:, 0], config)
+            features = model.frame_encoder(frames)
+            boxes, proposal_features, scores = propose(model, proposal_image(frames, config))
+            visual = see(model, seen.context_frames(scenes), seen.video_frames(scenes))
+            states = answer(model, place, rows["ids"], rows["turns"], rows["positions"], visual)[:, config.video_tokens :]
+            _, box = prompts_of(model, place, rows["emitting"], states)
+        truth = visible_boxes(masks[:, 0]).gather(1, rows["objects"].clamp(min=0)[..., None].expand(-1, -1, 4))
+        truth *= (rows["objects"] >= 0)[..., None]
+        attention, regions = [], []
+        for clip in range(clips):  # the graph serves one
             pyramid = [level[clip : clip + 1].float() for level in features]
-            logits, roi, _ = model.proposal_selector(box[own], boxes[clip], proposal_features[clip], scores[clip], *pyramid)
+            logits, roi, _ = model.proposal_selector(box[clip], boxes[clip], proposal_features[clip], scores[clip], *pyramid)
             attention.append(logits)
             regions.append(roi)
-            owners.append(torch.where(own)[0])
-        logits, roi, owner = torch.cat(attention), torch.cat(regions), torch.cat(owners)
-        targets = truth[question[owner], actor[owner]]
-        fused = selection_loss(logits + settings.ROI_FUSION_GAMMA * roi, boxes[question[owner]], targets)
-        alone = selection_loss(roi, boxes[question[owner]], targets)
+        logits, roi = torch.cat(attention), torch.cat(regions)
+        each = boxes.repeat_interleave(box.shape[1], 0)
+        fused = selection_loss(logits + settings.ROI_FUSION_GAMMA * roi, each, truth.flatten(0, 1))
+        alone = selection_loss(roi, each, truth.flatten(0, 1))
         return {
             "fused": fused["selection"],
             "roi": 0.3 * alone["selection"],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .batches import Pool
 from .loop import Loss
 from .model import Model
+from .replay import Replay
 from .shapes_rvos.scene import ATTRIBUTES
 
 GRAPHS = ("vision_encoder", "image_encoder")
@@ -51,27 +52,39 @@ class Naming(nn.Module):
 def loss(model: Model, pool: Pool, clips: int = 64) -> tuple[Loss, list[nn.Parameter]]:
     """The loss of a step, and the heads, which are trained too."""
     config, encoder, seen = model.config, model.vision_encoder, pool.seen
-    context, video = Naming(config.context.width).to(pool.device), Naming(config.video.width).to(pool.device)
-    places = nn.ModuleDict({"context": nn.Linear(config.context.width, 2), "video": nn.Linear(config.video.width, 2)}).to(pool.device)
+    namings = {"context": Naming(config.context.width).to(pool.device), "video": Naming(config.video.width).to(pool.device)}
+    places = {"context": nn.Linear(config.context.width, 2).to(pool.device), "video": nn.Linear(config.video.width, 2).to(pool.device)}
+    heads = [parameter for head in (*namings.values(), *places.values()) for parameter in head.parameters()]
+
+    def name(
+        context_frames: Tensor, video_frames: Tensor, context_actors: Tensor, video_actors: Tensor, **attributes: Tensor
+    ) -> dict[str, Tensor]:
+        with pool.half():
+            still = encoder.context_tower(context_frames).flatten(0, 1).float()
+            moving = encoder.video_tower(video_frames).flatten(0, 1).float()
+        terms: dict[str, Tensor] = {}
+        for tower, features, actors in (("context", still, context_actors), ("video", moving, video_actors)):
+            patches = actors[0].numel()
+            classes = {attribute: values.repeat_interleave(patches, 0) for attribute, values in attributes.items()}
+            named = namings[tower](features, actors.flatten(), classes)
+            named["place"] = (places[tower](features) - patch_centres(actors)).abs().mean()  # the language model asks where things are
+            terms |= {f"{'_' * key.startswith('_')}{tower}_{key.removeprefix('_')}": value for key, value in named.items()}
+        return terms
+
+    replay = Replay(name, [*model.parameters_of(GRAPHS), *heads])
 
     def of(step: int, progress: float) -> dict[str, Tensor]:
         scenes = pool.pick(clips)
-        with pool.half():
-            still = encoder.context_tower(seen.context_frames(scenes)).flatten(0, 1).float()
-            moving = encoder.video_tower(seen.video_frames(scenes)).flatten(0, 1).float()
-        terms: dict[str, Tensor] = {}
-        for name, naming, features, actors in (
-            ("context", context, still, seen.context_actors[scenes]),
-            ("video", video, moving, seen.video_actors[scenes]),
-        ):
-            owner = scenes.repeat_interleave(actors[0].numel())
-            classes = {attribute: values[owner] for attribute, values in pool.attributes.items()}
-            named = naming(features, actors.flatten().long(), classes)
-            named["place"] = (places[name](features) - patch_centres(actors)).abs().mean()  # the language model asks where things are
-            terms |= {f"{'_' * key.startswith('_')}{name}_{key.removeprefix('_')}": value for key, value in named.items()}
+        terms = replay(
+            context_frames=seen.context_frames(scenes),
+            video_frames=seen.video_frames(scenes),
+            context_actors=seen.context_actors[scenes].long(),
+            video_actors=seen.video_actors[scenes].long(),
+            **{attribute: values[scenes] for attribute, values in pool.attributes.items()},
+        )
         return terms
 
-    return of, [*context.parameters(), *video.parameters(), *places.parameters()]
+    return of, heads
 
 
 def patch_centres(actors: Tensor) -> Tensor:
