@@ -13,11 +13,12 @@ from ensemble.prompt import prompt_ids
 from ensemble.runner import SequenceRequest
 from ensemble.tokenizer import Tokenizer
 from ensemble.tracker import Tracker
+from export.models.layers import LayerNorm2d
 from export.runners import TorchDevice, TorchGraph
 from export.seeded import write_tokenizer
 from training import batches, joint, language, losses, segmentation, towers
 from training.loop import fit, rate
-from training.model import Model, load, save
+from training.model import MapNorm, Model, RowNorm, load, save
 from training.replay import Replay, weigh
 from training.shapes_rvos.language import corpus, description
 from training.shapes_rvos.scene import draw_scene
@@ -211,6 +212,16 @@ def test_tracks_are_trained_as_the_tracker_computes_them(model, pool):
         (result,) = tracker.step([SequenceRequest(1, {**inputs, **start}, start=index == 0, parameters={"mask_format": "logits"})])
         assert result["object_scores"][0] > 0
         np.testing.assert_allclose(result["mask_logits"][0], trained[index][0].numpy(), atol=2e-2, rtol=1e-2)  # bfloat16 memories
+
+
+@pytest.mark.parametrize(("norm", "shape"), [(LayerNorm2d(4), (2, 4, 5, 6)), (torch.nn.LayerNorm(24, eps=1e-6), (2, 5, 24))])
+def test_norms_of_few_channels_are_those_of_the_served_graphs(norm, shape):
+    x = torch.randn(shape) * 3 + 1
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    expected = norm(x)
+    norm.__class__ = {LayerNorm2d: MapNorm, torch.nn.LayerNorm: RowNorm}[type(norm)]
+    torch.testing.assert_close(norm(x), expected)
 
 
 def test_weights_that_graphs_share_are_one_parameter_and_kept_once(model, tmp_path):

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from multiprocessing import get_context
 from pathlib import Path
@@ -312,8 +312,13 @@ def encoder_times(config: ModelConfig, device: str) -> Tensor:
 
 def normalise(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """[N, 3, h, w] to (frames - mean) / std."""
-    shape = (1, 3, 1, 1)
-    return (frames - frames.new_tensor(mean).view(shape)) / frames.new_tensor(std).view(shape)
+    return (frames - of_channels(tuple(mean), frames.device)) / of_channels(tuple(std), frames.device)
+
+
+@cache
+def of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C, 1, 1], kept on the device: to bring it there waits for everything before it."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def grounding(frames: Tensor, config: ModelConfig) -> Tensor:

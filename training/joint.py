@@ -13,6 +13,7 @@ from ensemble import settings
 from ensemble.components import ABSENT, BOTTOM_RIGHT, PAD, TEXT, TOP_LEFT
 from export.models.proposal_selector import MIN_SCORE
 
+from . import segmentation
 from .batches import NUM_FRAMES, Pool, frame_times, grounding, proposal_image
 from .detection import visible_boxes
 from .language import answer, answer_loss, see
@@ -146,7 +147,7 @@ def loss(model: Model, pool: Pool, clips: int = 48) -> Loss:
     assert questions
     place, size = questions.place, config.sam2.image_size
     parameters = model.parameters_of(GRAPHS)
-    tracking = Tracking(model, pool, parameters, max(1, clips // 4))
+    tracking = Tracking(model, pool, parameters, max(1, clips // 6))
 
     def of_answers(
         ids: Tensor,
@@ -209,7 +210,7 @@ def loss(model: Model, pool: Pool, clips: int = 48) -> Loss:
     def of(step: int, progress: float) -> dict[str, Tensor]:
         terms = grounded()
         if step % SEGMENTATION_EVERY == 0:
-            tracked = tracking(5)
+            tracked = tracking(segmentation.LENGTHS[-1][1])
             terms["track"], terms["_track_last"] = tracked["mask"] + tracked["iou"] + tracked["score"], tracked["_last"]
         return terms
 

@@ -20,6 +20,8 @@ WARM_UP = 0.04
 """Part of a stage in which the learning rate rises."""
 SAVE_EVERY_S = 60
 LOG_EVERY_S = 5
+AGREE_EVERY = 5
+"""Steps between two looks at the clock: processes that agree on the time wait for each other and for their GPUs."""
 MAX_NORM = 1.0
 WEIGHT_DECAY = 0.01
 
@@ -61,11 +63,12 @@ def fit(
     first, start = int(os.environ.get("RANK", "0")) == 0, time.monotonic()
     saved = logged = start
     shown = 0
-    step, sums, counts = 0, dict[str, Tensor](), Counter[str]()
+    step, progress, sums, counts = 0, done, dict[str, Tensor](), Counter[str]()
     while True:
-        progress = together(done + (time.monotonic() - start) / 60 / minutes, parameters[0])
-        if progress >= 1:
-            break
+        if step % AGREE_EVERY == 0:
+            progress = together(done + (time.monotonic() - start) / 60 / minutes, parameters[0])
+            if progress >= 1:
+                break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate(progress) * min((progress - done) / WARM_UP + 0.1, 1.0)
         terms = loss(step, progress)

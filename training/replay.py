@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -59,6 +60,7 @@ class Replay:
                 for parameter in self._parameters:
                     parameter.grad = None  # the next backward pass writes gradients instead of adding to them
         torch.cuda.current_stream().wait_stream(stream)
+        gc.collect()  # an older graph that is collected during the capture would spoil it
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             terms = self._loss(**self._inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
@@ -22,6 +23,8 @@ from .replay import Replay
 
 GRAPHS = ("frame_encoder", "mask_decoder", "mask_downsampler", "memory_attention", "memory_encoder")
 LEARNING_RATE = 1.5e-3
+LENGTHS = ((0.1, 2), (0.55, 3), (0.8, 5), (math.inf, 8))
+"""Progress up to which clips have so many frames; the last ones fill the memory bank: every one of its places is trained."""
 BOX_NOISE = 0.05
 """Standard deviation of a box corner, in parts of the box's sides."""
 MIN_PIXELS = 40
@@ -45,13 +48,12 @@ class Prompts:
         pointed = (kind >= 5) & ~self.drawn
         second = pool.integers(3, count)  # of those that are pointed at: one point, another point on it, one beside it
         self.points = torch.zeros(count, 3, 2, device=device)
-        self.labels = torch.tensor([PAD, PAD, ABSENT], device=device).repeat(count, 1)
         self.points[:, 0] = torch.where(self.boxed[:, None], boxes[:, :2], draw_point(pool, masks))
         outside = draw_point(pool, ~masks & near(masks))
         other = torch.where((second == 1)[:, None], draw_point(pool, masks), outside)
         self.points[:, 1] = torch.where(self.boxed[:, None], boxes[:, 2:], other)
-        self.labels[self.boxed] = torch.tensor([TOP_LEFT, BOTTOM_RIGHT, PAD], device=device)
-        one = torch.tensor([POSITIVE, PAD, ABSENT], device=device)
+        one, box = layout((POSITIVE, PAD, ABSENT), device), layout((TOP_LEFT, BOTTOM_RIGHT, PAD), device)
+        self.labels = torch.where(self.boxed[:, None], box, layout((PAD, PAD, ABSENT), device))
         self.labels = torch.where(pointed[:, None], one, self.labels)
         second_label = torch.where(second == 1, POSITIVE, NEGATIVE)
         two = torch.stack([torch.full_like(second, POSITIVE), second_label, torch.full_like(second, PAD)], 1)
@@ -67,9 +69,8 @@ def near(masks: Tensor) -> Tensor:
 
 def draw_point(pool: Pool, masks: Tensor) -> Tensor:
     """[O, S, S] bool to [O, 2] x, y of a random pixel of each, in pixels."""
-    weights = masks.flatten(1).float() + 1e-9
-    index = torch.multinomial(weights, 1, generator=pool.generator)[:, 0]
     size = masks.shape[-1]
+    index = (pool.uniform(len(masks), size * size) + masks.flatten(1)).argmax(1)  # `multinomial` would wait for the GPU
     return torch.stack([index % size, index // size], 1).float() + 0.5
 
 
@@ -268,11 +269,11 @@ def attend(model: Model, features: tuple[Tensor, Tensor, Tensor], frame: Tensor,
     return conditioned
 
 
-def loss(model: Model, pool: Pool, clips: int = 64) -> Loss:
+def loss(model: Model, pool: Pool, clips: int = 24) -> Loss:
     """The loss of a step: longer clips later."""
     tracking = Tracking(model, pool, model.parameters_of(GRAPHS), clips)
 
     def of(step: int, progress: float) -> dict[str, Tensor]:
-        return tracking(2 if progress < 0.15 else 4 if progress < 0.6 else 7)
+        return tracking(next(length for end, length in LENGTHS if progress < end))
 
     return of
