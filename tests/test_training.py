@@ -50,7 +50,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(tokenizer_folder):
-    return batches.Pool("train", 12, tokenizer_folder, TINY, "cpu", workers=1)
+    return batches.Pool("train", range(12), tokenizer_folder, TINY, "cpu", workers=1)
 
 
 # Batches ------------------------------------------------------------------------------------------------------------------

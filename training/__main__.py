@@ -35,6 +35,8 @@ STAGES: dict[str, Any] = {
     "joint": joint,
     "selection": selection,
 }
+FRESH = ("joint", "selection")
+"""Stages that see other scenes than those before them, of which the language model knows the answers by heart."""
 BEFORE: dict[str, tuple[str, ...]] = {
     "segmentation": (),
     "detection": ("segmentation",),
@@ -70,7 +72,7 @@ def main(out: Path, stages: tuple[str, ...], scale: float, scenes: int, clips: i
         write_tokenizer(tokenizer, NANO.language.vocab_size, corpus())
     if dist.is_initialized():
         dist.barrier()
-    pool: Pool | None = None
+    pools: dict[bool, Pool] = {}
     for stage in stages or BEFORE:
         torch.manual_seed(seed)
         model = Model(NANO)
@@ -84,10 +86,13 @@ def main(out: Path, stages: tuple[str, ...], scale: float, scenes: int, clips: i
             click.echo(f"Checkpoint: {root}")
             continue
         model.to(device)
-        if pool is None:
-            workers = max(1, (os.cpu_count() or 2) // int(os.environ.get("WORLD_SIZE", "1")))
-            pool = Pool("train", scenes, tokenizer, NANO, device, seed=seed + 1000 * rank, workers=workers)
-        train(stage, model, pool, MINUTES[stage] * scale, clips, out)
+        if (fresh := stage in FRESH) not in pools:
+            world = int(os.environ.get("WORLD_SIZE", "1"))
+            first = scenes * (fresh + rank)
+            pools = {
+                fresh: Pool("train", range(first, first + scenes), tokenizer, NANO, device, first, max(1, (os.cpu_count() or 2) // world))
+            }
+        train(stage, model, pools[fresh], MINUTES[stage] * scale, clips, out)
 
 
 def train(stage: str, model: Model, pool: Pool, minutes: float, clips: int | None, out: Path) -> None:

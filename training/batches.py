@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ensemble import settings
@@ -21,6 +22,7 @@ from ensemble.components import VISUAL_PLACEHOLDER
 from ensemble.config import LanguageConfig, ModelConfig
 from ensemble.frames import encoder_indices
 from ensemble.prompt import ASSISTANT, prompt_ids
+from ensemble.tensors import Arrays
 from ensemble.tokenizer import Tokenizer
 
 from .shapes_rvos.language import Question, absent, description, referring
@@ -81,8 +83,8 @@ class Pool:
 
     Args:
         split: of shapes-rvos.
-        count: scenes.
-        tokenizer_folder: of the checkpoint; None: no questions.
+        indices: of the scenes.
+        tokenizer_folder: of the checkpoint.
         config: sizes.
         device: for everything.
         seed: of what is drawn from it.
@@ -90,25 +92,17 @@ class Pool:
     """
 
     def __init__(
-        self, split: str, count: int, tokenizer_folder: Path | None, config: ModelConfig, device: str, seed: int = 0, workers: int = 2
+        self, split: str, indices: Sequence[int], tokenizer_folder: Path, config: ModelConfig, device: str, seed: int = 0, workers: int = 2
     ) -> None:
         self.config, self.device = config, device
-        work = partial(draw_all, split, count, workers, tokenizer_folder, config.language)
+        work = partial(draw_all, split, indices, workers, tokenizer_folder, config.language)
         with get_context("spawn").Pool(workers) as pool:
             pieces = pool.map(work, range(workers))
-        scenes = [scene for own, _ in pieces for scene in own]
-        self.packed = {name: tensor.to(device) for name, tensor in pack(scenes).items()}
-        self._count = len(scenes)
-        self.attributes = {
-            name: torch.tensor([[values.index(getattr(a, name)) for a in s.actors] + [0] * (MAX_ACTORS - len(s.actors)) for s in scenes])
-            .long()
-            .to(device)
-            for name, values in ATTRIBUTES.items()
-        }
+        packed, attributes, questions = zip(*pieces, strict=True)
+        self.packed, self._count = gather(packed, device), len(indices)
+        self.attributes = gather(attributes, device)
         """Attribute to [S, MAX_ACTORS] int64: which of its values."""
-        self.questions: Questions | None = None
-        if tokenizer_folder:
-            self.questions = join([row for _, own in pieces for row in own], device)
+        self.questions = join([row for own in questions for row in own], device)
         self.generator = torch.Generator(device).manual_seed(seed)
         self._random = random.Random(seed)
         self._seen: Seen | None = None
@@ -221,16 +215,24 @@ def centre_square(frames: Tensor) -> Tensor:
 
 
 def draw_all(
-    split: str, count: int, workers: int, tokenizer_folder: Path | None, language: LanguageConfig, worker: int
-) -> tuple[list[Scene], list[dict[str, Row]]]:
-    """One process's share of the scenes, and their questions."""
-    indices = np.array_split(np.arange(count), workers)[worker].tolist()
-    scenes = [draw_scene(split, index) for index in indices]
-    if not tokenizer_folder:
-        return scenes, []
+    split: str, indices: Sequence[int], workers: int, tokenizer_folder: Path, language: LanguageConfig, worker: int
+) -> tuple[Arrays, Arrays, list[Row]]:
+    """One process's share of the scenes: packed, the attributes of their actors, and their questions."""
+    own = np.array_split(np.array(indices), workers)[worker].tolist()
+    scenes = [draw_scene(split, index) for index in own]
     tokenizer = Tokenizer(tokenizer_folder)
-    asked = (ask(scene, random.Random(f"{split} {index}")) for index, scene in zip(indices, scenes, strict=True))
-    return scenes, [lay_out(tokenizer, questions, language) for questions in asked]
+    asked = (ask(scene, random.Random(f"{split} {index}")) for index, scene in zip(own, scenes, strict=True))
+    questions = [lay_out(tokenizer, each, language) for each in asked]
+    attributes = {
+        name: np.array([[values.index(getattr(a, name)) for a in s.actors] + [0] * (MAX_ACTORS - len(s.actors)) for s in scenes], np.int64)
+        for name, values in ATTRIBUTES.items()
+    }
+    return {name: tensor.numpy() for name, tensor in pack(scenes).items()}, attributes, questions
+
+
+def gather(pieces: Sequence[Arrays], device: str) -> dict[str, Tensor]:
+    """The shares of all processes, one behind the other."""
+    return {name: torch.from_numpy(np.concatenate([own[name] for own in pieces])).to(device) for name in pieces[0]}
 
 
 def ask(scene: Scene, rng: random.Random) -> list[Question]:
@@ -251,12 +253,12 @@ def tokens(tokenizer: Tokenizer, question: Question) -> tuple[list[int], int]:
     return whole, len(asked)
 
 
-Row = list[int]
+Row = dict[str, NDArray[np.int16]]
 
 
-def lay_out(tokenizer: Tokenizer, asked: list[Question], language: LanguageConfig) -> dict[str, Row]:
+def lay_out(tokenizer: Tokenizer, asked: list[Question], language: LanguageConfig) -> Row:
     """A scene's row of every field of `Questions`, not filled up; "seg" and "box" are the two of `emitting`."""
-    row: defaultdict[str, Row] = defaultdict(list)
+    row: defaultdict[str, list[int]] = defaultdict(list)
     for turn, question in enumerate(asked):
         ids, start = tokens(tokenizer, question)
         tail = ids.index(VISUAL_PLACEHOLDER) + 1
@@ -275,10 +277,10 @@ def lay_out(tokenizer: Tokenizer, asked: list[Question], language: LanguageConfi
             for name, value in (("ids", ids[position]), ("turns", turn), ("positions", position), ("targets", target), ("spoken", spoken)):
                 row[name].append(value)
         row["objects"] += question.objects
-    return row
+    return {name: np.array(row[name], np.int16) for name in (*row, "seg", "box")}
 
 
-def join(rows: list[dict[str, Row]], device: str) -> Questions:
+def join(rows: list[Row], device: str) -> Questions:
     """Questions as tensors."""
     longest = 8 * ceil((max(len(row["ids"]) for row in rows) - 1) / 8) + 1  # one makes place for the clip: attention likes multiples of 8
 
@@ -296,7 +298,7 @@ def join(rows: list[dict[str, Row]], device: str) -> Questions:
         filled("spoken", longest, IGNORED),
         torch.stack([filled("seg", MAX_OBJECTS, 0), filled("box", MAX_OBJECTS, 0)]),
         filled("objects", MAX_OBJECTS, -1),
-        rows[0]["ids"].index(VISUAL_PLACEHOLDER),
+        rows[0]["ids"].tolist().index(VISUAL_PLACEHOLDER),
     )
 
 

@@ -144,7 +144,6 @@ def selection_loss(logits: Tensor, boxes: Tensor, targets: Tensor) -> dict[str, 
 def loss(model: Model, pool: Pool, clips: int = 48) -> Loss:
     """The loss of a step."""
     questions, config, seen = pool.questions, model.config, pool.seen
-    assert questions
     place, size = questions.place, config.sam2.image_size
     parameters = model.parameters_of(GRAPHS)
     tracking = Tracking(model, pool, parameters, max(1, clips // 6))

@@ -143,7 +143,6 @@ def shares_of(seen: Seen, scenes: Tensor, config: ModelConfig) -> Tensor:
 def loss(model: Model, pool: Pool, clips: int = 64) -> tuple[Loss, list[nn.Parameter]]:
     """The loss of a step, and the heads, which are trained too."""
     questions, seen, config = pool.questions, pool.seen, model.config
-    assert questions
     place, visual_tokens = questions.place, config.video_tokens
     pointing = Pointing(config).to(pool.device)
 

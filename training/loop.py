@@ -23,7 +23,7 @@ LOG_EVERY_S = 5
 AGREE_EVERY = 5
 """Steps between two looks at the clock: processes that agree on the time wait for each other and for their GPUs."""
 MAX_NORM = 1.0
-WEIGHT_DECAY = 0.01
+WEIGHT_DECAY = 0.05
 
 Loss = Callable[[int, float], dict[str, Tensor]]
 """Step and progress to the terms of its loss; those without gradients are logged only, or have been added to those of the parameters."""

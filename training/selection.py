@@ -21,7 +21,6 @@ LEARNING_RATE = 5e-4
 def loss(model: Model, pool: Pool, clips: int = 16) -> Loss:
     """The loss of a step."""
     questions, config, seen = pool.questions, model.config, pool.seen
-    assert questions
     place = questions.place
 
     def of(step: int, progress: float) -> dict[str, Tensor]:
