@@ -141,12 +141,12 @@ def selection_loss(logits: Tensor, boxes: Tensor, targets: Tensor) -> dict[str, 
     return {"selection": ((right + 4 * wrong + ranked) * found).sum() / count, "_selected": hit.sum() / count}
 
 
-def loss(model: Model, pool: Pool, clips: int = 48) -> Loss:
+def loss(model: Model, pool: Pool, clips: int = 64) -> Loss:
     """The loss of a step."""
     questions, config, seen = pool.questions, model.config, pool.seen
-    place, size = questions.place, config.sam2.image_size
+    place, size, few = questions.place, config.sam2.image_size, max(1, clips * 3 // 8)
     parameters = model.parameters_of(GRAPHS)
-    tracking = Tracking(model, pool, parameters, max(1, clips // 6))
+    tracking = Tracking(model, pool, parameters, max(1, clips // 8))
 
     def of_answers(
         ids: Tensor,
@@ -171,7 +171,7 @@ def loss(model: Model, pool: Pool, clips: int = 48) -> Loss:
             states = answer(model, place, ids, turns, positions, see(model, context, video))[:, config.video_tokens :]
             terms = answer_loss(model, targets[:, place + 1 :], turns[:, place + 1 :], states)
             terms["text"] = TEXT_WEIGHT * terms["text"]
-            seg, box = prompts_of(model, place, emitting, states)
+            seg, box = prompts_of(model, place, emitting[:, :few], states[:few])
             logits = selector_logits(model, box, proposal_features, scores).float()
             terms |= selection_loss(logits.flatten(0, 1), boxes.repeat_interleave(seg.shape[1], 0), truth.flatten(0, 1))
             first = 2 * (chosen // seg.shape[1])
@@ -182,10 +182,10 @@ def loss(model: Model, pool: Pool, clips: int = 48) -> Loss:
     def grounded() -> dict[str, Tensor]:
         scenes, shape = pool.alike(clips)
         rows = questions.of(scenes)
-        objects = rows.pop("objects")
         del rows["spoken"]
-        two = torch.stack([torch.zeros(clips, device=pool.device), frame_times(1 + pool.integers(NUM_FRAMES - 1, clips), pool.device)], 1)
-        pair, masks = pool.render(scenes, two, shape)
+        objects = rows.pop("objects")[:few]  # there are many in each clip: masks of a few clips do
+        two = torch.stack([torch.zeros(few, device=pool.device), frame_times(1 + pool.integers(NUM_FRAMES - 1, few), pool.device)], 1)
+        pair, masks = pool.render(scenes[:few], two, shape)
         # As many in every step: kernels are made for each shape.
         chosen = (pool.uniform(objects.numel()) + (objects.flatten() >= 0)).topk(min(OBJECTS, objects.numel())).indices
         clip, actor = chosen // objects.shape[1], objects.flatten()[chosen].clamp(min=0)
