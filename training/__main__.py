@@ -21,11 +21,12 @@ from export.seeded import write_tokenizer
 
 from . import detection, joint, language, segmentation, selection, towers
 from .batches import Pool
+from .curves import draw_curves
 from .loop import fit
 from .model import Model, load
 from .shapes_rvos.language import corpus
 
-MINUTES = {"segmentation": 8.0, "detection": 3.0, "towers": 2.5, "alignment": 9.0, "joint": 6.8, "selection": 1.0}
+MINUTES = {"segmentation": 8.0, "detection": 2.5, "towers": 2.0, "alignment": 8.0, "joint": 6.8, "selection": 0.7}
 """Of each stage on an H100; in this order."""
 STAGES: dict[str, Any] = {
     "segmentation": segmentation,
@@ -83,6 +84,10 @@ def main(out: Path, stages: tuple[str, ...], scale: float, scenes: int, clips: i
             root = out / "checkpoint"
             write_checkpoint(root, NANO, model.states())
             shutil.copytree(tokenizer, root / SOURCES["sparrow"], dirs_exist_ok=True)  # the one that was trained with
+            (root / "log").mkdir(exist_ok=True)
+            for curve in STAGES:
+                shutil.copy(out / f"{curve}.jsonl", root / "log")
+            draw_curves(root / "log", root / "curves.svg")
             click.echo(f"Checkpoint: {root}")
             continue
         model.to(device)
