@@ -17,7 +17,7 @@ from .records import GpuMemory, append, environment, record
 HEIGHT, WIDTH = 480, 854
 CLIP_FRAMES, TRACK_FRAMES, WARM_UP = 16, 100, 10
 OBJECTS = (1, 3)
-PROMPT = "Please segment the moving shape in this video."
+PROMPT = "Please segment the red square in this video."
 EVALUATED_FRAMES, EVALUATED_HEIGHT, EVALUATED_WIDTH, IN_FLIGHT = 24, 240, 320, 4
 """Clips of shapes-rvos, and questions under way at once, as `sparrow eval` asks them: what an evaluation could reach."""
 
@@ -59,12 +59,12 @@ def bench(server: str, repeats: int) -> None:
 
 
 def moving_square(num_frames: int, height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
-    """[T, H, W, 3]: a bright square that moves over noise; the same every time."""
-    frames = np.random.default_rng(0).integers(0, 128, (num_frames, height, width, 3), np.uint8)
+    """[T, H, W, 3]: a red square that moves over noise; the same every time."""
+    frames = np.random.default_rng(0).integers(90, 110, (num_frames, height, width, 3), np.uint8)
     side = height // 3
     for index, frame in enumerate(frames):
         left = side // 2 + width // 2 * index // num_frames
-        frame[side : 2 * side, left : left + side] = 220
+        frame[side : 2 * side, left : left + side] = 214, 40, 40
     return frames
 
 

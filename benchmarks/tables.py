@@ -12,14 +12,16 @@ from pathlib import Path
 from .records import RESULTS, latest
 
 ROOT = RESULTS.parent.parent
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs" / "parity").glob("*.md")))
+DOCUMENTS = (ROOT / "README.md", ROOT / "training" / "nano" / "README.md", *sorted((ROOT / "docs" / "parity").glob("*.md")))
 SHOWN = ("gpu", "driver", "torch", "tritonserver", "preset", "precision", "git", "date")
 """What a table says of the machine and the server that it was measured on."""
 
 
 def table(results: Path) -> str:
-    """A Markdown table of the latest figures, and what they were measured on."""
+    """A Markdown table of the latest figures of the preset that was measured last, and what they were measured on."""
     lines = latest(results)
+    preset = next(reversed(lines.values()))["env"]["preset"]
+    lines = {key: line for key, line in lines.items() if line["env"]["preset"] == preset}
     rows = [
         f"| {workload} | {metric} | {line['value']:.4g} {line['unit']} | {line['n']} | {line['spread']:.4g} |"
         for (workload, metric), line in lines.items()

@@ -19,10 +19,12 @@ COLOURS = np.array(
 """One per object, in turn."""
 
 OPACITY = 0.5
+OUTLINE = 240
+"""Short side of a frame per pixel of outline."""
 
 
 def blend(frame: NDArray[np.uint8], masks: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """A frame with every mask in its colour.
+    """A frame with every mask in its colour and a white outline, since an object may have that colour itself.
 
     Args:
         frame: [H, W, 3] uint8 RGB.
@@ -33,7 +35,16 @@ def blend(frame: NDArray[np.uint8], masks: NDArray[np.bool_]) -> NDArray[np.uint
     picture = frame.astype(np.float32)
     for mask, colour in zip(masks, COLOURS[np.arange(len(masks)) % len(COLOURS)], strict=True):
         picture[mask] = (1 - OPACITY) * picture[mask] + OPACITY * colour
+        picture[mask & ~inside(mask, max(1, round(min(mask.shape) / OUTLINE)))] = 255
     return picture.astype(np.uint8)
+
+
+def inside(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
+    """The pixels of a mask that lie deeper than `width` pixels; the frame's edge is no outline."""
+    for _ in range(width):
+        around = np.pad(mask, 1, mode="edge")
+        mask = mask & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    return mask
 
 
 def write_picture(path: Path, frame: NDArray[np.uint8]) -> None:

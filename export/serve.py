@@ -127,6 +127,7 @@ class Server:
             f"--exit-timeout-secs={STOP_TIMEOUT_S // 2}",
         ]
         environment = {
+            "OMP_WAIT_POLICY": "passive",  # threads of torch that spin while they wait would take the cores from the other models
             **os.environ,
             "LD_LIBRARY_PATH": os.pathsep.join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]),
             # The stub is an isolated interpreter: it reads no PYTHONPATH, but takes the packages of the first `python3` on the path.

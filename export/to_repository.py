@@ -182,13 +182,17 @@ def repository_from_checkpoint(checkpoint: Checkpoint, folder: Path, progress: C
     for model in graph.served(contracts):
         for part in graph.parts(contracts, model.name):
             users.setdefault(part.name, []).append(model.name)
-    # A new interpreter each, since torch does not survive a fork.
+    work = {
+        part: (checkpoint.root, part, engine_of(models[0], engine), [folder / model / "1" for model in models])
+        for part, models in users.items()
+    }
+    # What is traced gets a new interpreter, since torch does not survive a fork; the rest is written here before one has started.
     with ProcessPoolExecutor(EXPORTS_AT_ONCE, multiprocessing.get_context("spawn")) as pool:
-        jobs = {
-            pool.submit(export_graph, checkpoint.root, part, engine_of(models[0], engine), [folder / model / "1" for model in models]): part
-            for part, models in users.items()
-        }
+        jobs = {pool.submit(export_graph, *job): part for part, job in work.items() if job[2].engine_kind == "onnx"}
         try:
+            for name in work.keys() - jobs.values():
+                export_graph(*work[name])
+                progress(name)
             for job in as_completed(jobs):
                 job.result()
                 progress(jobs[job])

@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from sparrow_client._overlay import COLOURS, VideoWriter, blend, write_picture, write_video
+from sparrow_client._overlay import COLOURS, VideoWriter, blend, inside, write_picture, write_video
 
 
 def painted(height, width, *spots):
@@ -21,15 +21,23 @@ def test_blend_colours_what_the_masks_cover_and_nothing_else():
     drawn = blend(frame, masks)
     assert (drawn.shape, drawn.dtype) == (frame.shape, np.uint8)
     for mask, colour in zip(masks, COLOURS, strict=False):
-        np.testing.assert_array_equal(drawn[mask], np.broadcast_to(np.uint8(50 + colour / 2), (25, 3)))
+        within = inside(mask, 1)
+        np.testing.assert_array_equal(drawn[within], np.broadcast_to(np.uint8(50 + colour / 2), (within.sum(), 3)))
+        np.testing.assert_array_equal(drawn[mask & ~within], np.full((25 - within.sum(), 3), 255))
     assert (drawn[~masks.any(0)] == 100).all()
     assert (frame == 100).all()  # the caller's frame is left alone
 
 
 def test_blend_shows_both_colours_where_masks_overlap():
-    masks = painted(4, 4, (slice(0, 2), slice(0, 4)), (slice(0, 4), slice(0, 2)))
-    drawn = blend(np.zeros((4, 4, 3), np.uint8), masks)
-    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) == 4  # none, first, second, both
+    masks = painted(12, 12, (slice(0, 6), slice(0, 12)), (slice(0, 12), slice(0, 6)))
+    drawn = blend(np.zeros((12, 12, 3), np.uint8), masks)
+    assert len({tuple(drawn[row, column]) for row in (1, 10) for column in (1, 10)}) == 4  # both, first, second, none
+
+
+def test_outline_lies_within_the_mask_and_not_along_the_frames_edge():
+    (mask,) = painted(10, 10, (slice(0, 6), slice(2, 8)))
+    (deep,) = painted(10, 10, (slice(0, 4), slice(4, 6)))
+    np.testing.assert_array_equal(inside(mask, 2), deep)
 
 
 def test_blend_without_masks_is_the_frame():
