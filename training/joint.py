@@ -209,7 +209,7 @@ def loss(model: Model, pool: Pool, clips: int = 64) -> Loss:
     def of(step: int, progress: float) -> dict[str, Tensor]:
         terms = grounded()
         if step % SEGMENTATION_EVERY == 0:
-            tracked = tracking(segmentation.LENGTHS[-1][1], trust=1.0)
+            tracked = tracking(segmentation.LENGTHS[-1][1])
             terms["track"], terms["_track_last"] = tracked["mask"] + tracked["iou"] + tracked["score"], tracked["_last"]
         return terms
 

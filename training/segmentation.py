@@ -162,13 +162,8 @@ class Tracking:
         self._model, self._pool, self._clips, self._objects = model, pool, clips, objects
         self._replays: defaultdict[int, Replay] = defaultdict(lambda: Replay(self._track, parameters))
 
-    def __call__(self, num_frames: int, trust: float) -> dict[str, Tensor]:
-        """The terms of a fresh batch of clips of so many frames; the first frame is prompted.
-
-        Args:
-            num_frames: of each clip.
-            trust: part of the objects whose memories are told by the model itself, as at inference, whether the object is there.
-        """
+    def __call__(self, num_frames: int) -> dict[str, Tensor]:
+        """The terms of a fresh batch of clips of so many frames; the first frame is prompted."""
         pool, clips, size = self._pool, self._clips, self._model.config.sam2.image_size
         frames, masks = pool.render(pool.pick(clips), draw_times(pool, clips, num_frames), SIZES[pool.size()])
         masks = F.interpolate(masks.flatten(0, 1).float(), (size, size), mode="bilinear") > 0.5  # [B T, A, S, S]
@@ -189,7 +184,6 @@ class Tracking:
             multimask=prompts.multimask,
             drawn=prompts.drawn,
             again=prompts.boxed & (pool.uniform(len(clip)) < 0.5),
-            trusted=pool.uniform(len(clip)) < trust,
         )
         return terms
 
@@ -203,7 +197,6 @@ class Tracking:
         multimask: Tensor,
         drawn: Tensor,
         again: Tensor,
-        trusted: Tensor,
     ) -> dict[str, Tensor]:
         """The loss; random numbers were drawn before.
 
@@ -214,7 +207,6 @@ class Tracking:
             labels, points, multimask: its prompt.
             drawn: [O] bool: the prompt is the object's mask itself.
             again: [O] bool: the prompt is given a second time, with the mask so far.
-            trusted: [O] bool: the model says whether the object is there, else the truth does: early on a wrong word spoils the memory.
         """
         model = self._model
         with self._pool.half():
@@ -239,7 +231,7 @@ class Tracking:
             pointers: list[Tensor] = []
             yes = torch.ones_like(drawn)
             for index, features in enumerate(steps):
-                present = targets[:, index].flatten(1).any(1).float() * 2 - 1
+                present = targets[:, index].flatten(1).any(1).float() * 2 - 1  # the truth: a wrong score would spoil the memory
                 if index:
                     conditioned = attend(model, features, clip, maps, pointers)
                     nothing = layout((PAD, PAD, ABSENT), clip.device).expand(count, -1)
@@ -247,7 +239,6 @@ class Tracking:
                     terms, logits, token = decode_loss(decoded, targets[:, index], yes)
                     total.append(terms)
                     tokens = pick(decoded[3], token)
-                    present = torch.where(trusted, decoded[2].float().detach(), present)
                 # Gradients reach earlier masks through pointers; through the full-size mask they would cost more than all else.
                 maps.append(model.memory_encoder(features[0], clip, logits.detach(), yes if index == 0 else ~yes, present))
                 pointers.append(model.mask_decoder.point(tokens, present))
@@ -283,6 +274,6 @@ def loss(model: Model, pool: Pool, clips: int = 24) -> Loss:
     tracking = Tracking(model, pool, model.parameters_of(GRAPHS), clips)
 
     def of(step: int, progress: float) -> dict[str, Tensor]:
-        return tracking(next(length for end, length in LENGTHS if progress < end), trust=max(0.0, 2 * progress - 0.5))
+        return tracking(next(length for end, length in LENGTHS if progress < end))
 
     return of
