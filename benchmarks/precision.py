@@ -33,9 +33,7 @@ BRANCH = "tracked"
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of shapes-rvos.")
 @click.option("--split", default="valid", show_default=True)
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for all that is made."
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for all that is made.")
 def main(checkpoint: Path, data: Path, split: str, out: Path) -> None:
     """Measure what each variant of CHECKPOINT loses."""
     benchmark = ShapesRvos(data, split)

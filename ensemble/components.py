@@ -148,6 +148,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("sa1b_scores", "float32", (proposer.queries,), "0..1, of the head trained on SA-1B"),
             ),
             tolerance=Tolerance(1e-3, "a top-k selection: queries follow ranks, not values"),
+            ranked=True,
         ),
         Component(
             "proposal_selector",

@@ -145,6 +145,7 @@ class Component:
         calls: the Triton models that it calls while it works.
         parts: the graphs that it runs in its own process.
         tolerance: engine against torch, float32; graphs only.
+        ranked: the outputs' rows are the best of many, in an order that near ties change in half precision.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Component:
     calls: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     tolerance: Tolerance = Tolerance(1e-4, "float32 summation order")
+    ranked: bool = False
 
     @property
     def is_graph(self) -> bool:

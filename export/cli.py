@@ -27,20 +27,27 @@ def export(checkpoint: Path, out: Path, engine: str, precision: str, quantizatio
     CHECKPOINT is a folder in our layout, the original's working directory, or a SAM2 file, which serves sparrow_track alone.
     """
     from .checkpoints import Checkpoint, CheckpointError
-    from .to_repository import repository_from_checkpoint
+    from .gate import GateError
+    from .manifest import Manifest
+    from .to_repository import RepositoryBusy, repository_from_checkpoint
 
     try:
         source = Checkpoint(checkpoint)
         settings = Engine(engine, precision, quantization)
         with tqdm(total=len(source.components), unit="graph") as bar:
 
-            def progress(name: str) -> None:
-                bar.set_description(name)
+            def progress(made: Manifest, anew: bool) -> None:
+                error = max(figures["error"] for figures in made.gate.values())
+                took = f"{made.seconds:6.1f} s" if anew else "as it was"
+                kind = f"{made.engine_kind} {made.precision}"
+                bar.write(f"{made.component:<18} {kind:<15} {took:>9} {made.size / 1e6:9.2f} MB   error {error:.1e}")
                 bar.update()
 
             repository_from_checkpoint(source, out, progress, settings)
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, GateError, RepositoryBusy, ValueError) as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:  # e.g. the disk is full
+        raise click.ClickException(f"{error.filename or out}: {error.strerror or error}. Engines that were finished are kept.") from error
     click.echo(f"Model repository: {out}\nStart it: sparrow serve {out}")
 
 

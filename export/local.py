@@ -13,7 +13,7 @@ from ensemble.tokenizer import Tokenizer
 from ensemble.tracker import Tracker
 
 from .checkpoints import Checkpoint
-from .runners import TorchDecoder, TorchDevice, TorchGraph, open_decoder, open_graph
+from .runners import GraphDecoder, OnnxGraph, TorchDecoder, TorchDevice, TorchGraph
 from .to_onnx import onnx_from_torch
 
 
@@ -29,8 +29,9 @@ def onnx_pipeline(checkpoint: Checkpoint, folder: Path) -> Pipeline:
     for name in checkpoint.components:
         if not (folder / f"{name}.onnx").exists():
             onnx_from_torch(checkpoint.build(name), name, folder / f"{name}.onnx")
-    graphs = {name: open_graph({}, folder, name, checkpoint.config) for name in checkpoint.components}
-    return pipeline(checkpoint, graphs, open_decoder({}, folder, checkpoint.config), Host())
+    graphs = {name: OnnxGraph(folder / f"{name}.onnx") for name in checkpoint.components}
+    decoder = GraphDecoder(graphs["language_decoder"], graphs["token_embedder"], graphs["prompt_projector"], checkpoint.config)
+    return pipeline(checkpoint, graphs, decoder, Host())
 
 
 def pipeline(checkpoint: Checkpoint, graphs: Mapping[str, Graph], decoder: Decoder, device: Device) -> Pipeline:

@@ -17,6 +17,7 @@ from ensemble.generation import Decoder
 from ensemble.runner import Device, Graph, Host
 from ensemble.tensors import Array, Arrays
 
+from .manifest import check
 from .quantize import quantize
 
 if TYPE_CHECKING:
@@ -330,10 +331,14 @@ def open_graph(parameters: Mapping[str, str], folder: Path, component: str, conf
         parameters: of its config.pbtxt.
         folder: holds `<component><suffix>`.
     Raises:
-        FileNotFoundError: it was not exported; says how to.
+        ManifestError: it was not exported, or is not what was exported; says how to mend it.
     """
     engine = Engine.from_parameters(parameters)
-    path = engine_path(engine, folder, component)
+    return load_graph(engine, engine_path(engine, folder, component), component, config)
+
+
+def load_graph(engine: Engine, path: Path, component: str, config: ModelConfig) -> Graph:
+    """A component's graph from its file."""
     if engine.engine_kind == "onnx":
         return OnnxGraph(path)
     return TorchGraph(load_module(path, component, config), component, engine.precision)
@@ -387,11 +392,14 @@ def open_decoder(parameters: Mapping[str, str], folder: Path, config: ModelConfi
 
 
 def engine_path(engine: Engine, folder: Path, component: str) -> Path:
-    """The file of a component's graph; raises FileNotFoundError that says how to make it."""
-    path = folder / f"{component}{ENGINE_SUFFIX[engine.engine_kind]}"
-    if not path.exists():
-        raise FileNotFoundError(f"{component}: no {path.name} in {folder}. Build it: sparrow export CHECKPOINT -o REPOSITORY")
-    return path
+    """The file of a component's graph, as its manifest says; raises ManifestError."""
+    check(folder, component, {"engine_kind": engine.engine_kind, "precision": engine.precision})
+    return folder / engine_file(engine, component)
+
+
+def engine_file(engine: Engine, component: str) -> str:
+    """The name of a component's file."""
+    return f"{component}{ENGINE_SUFFIX[engine.engine_kind]}"
 
 
 def load_module(path: Path, component: str, config: ModelConfig) -> Module:

@@ -35,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def repository(tiny: Checkpoint) -> Path:
     """A complete model repository of the tiny checkpoint."""
     folder = tiny.root.parent / "repository"
-    repository_from_checkpoint(tiny, folder, progress=lambda name: None)
+    repository_from_checkpoint(tiny, folder, progress=lambda made, anew: None)
     return folder
 
 

@@ -86,7 +86,7 @@ def clients(tmp_path_factory):
         connected = {}
         for pack in goldens.PACKS:
             folder = tmp_path_factory.mktemp(f"served-{pack}") / "repository"
-            repository_from_checkpoint(goldens.checkpoint(pack), folder, progress=lambda name: None, engine=ENGINE)
+            repository_from_checkpoint(goldens.checkpoint(pack), folder, progress=lambda made, anew: None, engine=ENGINE)
             server = stack.enter_context(Server(folder, Ports(0, 0, 0)))
             connected[pack] = stack.enter_context(SparrowClient(server.url, timeout_s=120))
         yield connected

@@ -27,8 +27,8 @@ FLOORS = {
     "multi_phrase_j_and_f": 75,
     "proposal_recall100_pct": 95,
 }
-"""In percent, on the first videos of the validation split: some points below what was measured (benchmarks/results/cpu/shapes-rvos.jsonl) on 40
-others, since one wrong answer of so few costs three points. Random weights reach 10, 10, 0, 0, 7 and 0."""
+"""In percent, on the first videos of the validation split: some points below what was measured on 40 others (README), since one wrong
+answer of so few costs three points. Random weights reach 10, 10, 0, 0, 7 and 0."""
 SAME = 0.99
 """Mask IoU of engines: float32 adds up in another order, which moves pixels along the outline."""
 
@@ -48,7 +48,7 @@ def shapes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def nano_repository(nano, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nano")
-    repository_from_checkpoint(nano, folder, progress=lambda name: None)
+    repository_from_checkpoint(nano, folder, progress=lambda made, anew: None)
     return folder
 
 

@@ -6,8 +6,9 @@ import torch
 
 from ensemble.components import components
 from ensemble.config import TINY
+from export.manifest import ManifestError
 from export.models import graph_class
-from export.runners import POSITIONS_STEP, Engine, TorchDecoder, TorchGraph, load_module, open_graph, save_module, share_weights
+from export.runners import POSITIONS_STEP, Engine, TorchDecoder, TorchGraph, load_graph, load_module, open_graph, save_module, share_weights
 
 WIDTH = TINY.language.width
 
@@ -57,14 +58,15 @@ def test_stored_modules_are_opened_in_their_precision(tmp_path, precision):
 
     inputs = components(TINY)["prompt_projector"].sample(0, states=3)
     expected = TorchGraph(projector, "prompt_projector").run(inputs)["prompt_embeddings"]
-    got = open_graph({"engine_kind": "torch", "precision": precision}, tmp_path, "prompt_projector", TINY).run(inputs)["prompt_embeddings"]
+    path = tmp_path / "prompt_projector.safetensors"
+    got = load_graph(Engine("torch", precision), path, "prompt_projector", TINY).run(inputs)["prompt_embeddings"]
     assert got.dtype == np.float32
     tolerance = 0 if precision == "float32" else 2e-3  # one half-precision ulp is 1e-3 of a value
     np.testing.assert_allclose(got, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
 
 def test_graph_that_was_not_exported_is_named_with_the_way_to_make_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"frame_encoder: no frame_encoder.onnx in .*Build it: sparrow export"):
+    with pytest.raises(ManifestError, match=r"frame_encoder: no frame_encoder.json in .*sparrow export CHECKPOINT"):
         open_graph({}, tmp_path, "frame_encoder", TINY)
 
 

@@ -30,7 +30,7 @@ BOX = np.array([[0.2, 0.3, 0.6, 0.8]], np.float32)
 @contextmanager
 def served(checkpoint, folder):
     """A client of a server with this checkpoint."""
-    repository_from_checkpoint(checkpoint, folder, progress=lambda name: None)
+    repository_from_checkpoint(checkpoint, folder, progress=lambda made, anew: None)
     with Server(folder, Ports(0, 0, 0)) as server, SparrowClient(server.url, timeout_s=60) as client:
         yield client
 

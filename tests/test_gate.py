@@ -1,0 +1,77 @@
+"""An engine that computes something else is not kept, and the message says which tensor."""
+
+import numpy as np
+import pytest
+import torch
+
+from ensemble.components import components
+from ensemble.config import TINY
+from export.gate import GateError, matched, pass_gate
+from export.runners import TorchGraph
+
+
+class Bent:
+    """A graph whose output `name` is changed."""
+
+    def __init__(self, graph, name, change):
+        self.graph, self.name, self.change = graph, name, change
+
+    def run(self, inputs):
+        outputs = self.graph.run(inputs)
+        return outputs | {self.name: self.change(outputs[self.name])}
+
+
+@pytest.fixture(scope="module")
+def module(tiny):
+    return tiny.build("memory_attention")
+
+
+def bent(module, change):
+    return Bent(TorchGraph(module, "memory_attention"), "conditioned_embeddings", change)
+
+
+def test_same_graph_passes_with_no_error(module):
+    figures = pass_gate(TorchGraph(module, "memory_attention"), module, "memory_attention", "float32")
+    assert figures == {"conditioned_embeddings": {"error": 0, "cosine": pytest.approx(1), "p99_error": 0}}
+
+
+@pytest.mark.parametrize(
+    ("change", "figure"),
+    [
+        (lambda array: array + 0.1 * np.abs(array).max(), "error 0.1"),
+        (lambda array: np.where(np.arange(array.size).reshape(array.shape) == 7, np.nan, array), "error inf"),
+        (lambda array: array[:, :-1], "error inf"),
+    ],
+    ids=["shifted", "not a number", "misshapen"],
+)
+def test_other_values_are_refused_in_float32(module, change, figure):
+    with pytest.raises(GateError, match=rf"memory_attention\.conditioned_embeddings in float32: got {figure}"):
+        pass_gate(bent(module, change), module, "memory_attention", "float32")
+
+
+def test_half_precision_may_round_but_not_turn(module):
+    rounded = bent(module, lambda array: torch.from_numpy(array).bfloat16().float().numpy())
+    assert pass_gate(rounded, module, "memory_attention", "bfloat16")["conditioned_embeddings"]["error"] > 1e-4
+    with pytest.raises(GateError, match="float32"):
+        pass_gate(rounded, module, "memory_attention", "float32")
+    noise = np.random.default_rng(0).standard_normal
+    with pytest.raises(GateError, match=r"in bfloat16: got cosine 0\.9"):
+        pass_gate(bent(module, lambda array: array + 0.3 * noise(array.shape)), module, "memory_attention", "bfloat16")
+
+
+def test_proposals_may_change_places_in_half_precision_but_not_get_lost(tiny):
+    module = tiny.build("proposal_detector")
+    assert components(TINY)["proposal_detector"].ranked
+    graph = TorchGraph(module, "proposal_detector")
+    order = np.random.default_rng(0).permutation(TINY.proposer.queries)
+    assert pass_gate(Bent(graph, "query_boxes", lambda boxes: boxes[order]), module, "proposal_detector", "float16")
+    with pytest.raises(GateError, match="query_boxes in float16: got matched"):
+        pass_gate(Bent(graph, "query_boxes", lambda boxes: boxes + 5), module, "proposal_detector", "float16")
+    with pytest.raises(GateError, match="query_boxes in float32"):
+        pass_gate(Bent(graph, "query_boxes", lambda boxes: boxes[order]), module, "proposal_detector", "float32")
+
+
+def test_boxes_are_matched_wherever_they_stand():
+    boxes = np.float32([[0, 0, 1, 1], [0.5, 0.5, 0.7, 0.7], [0.2, 0.2, 0.3, 0.3]])
+    assert matched(boxes[::-1], boxes) == 1
+    assert matched(boxes[:2], boxes) == pytest.approx(2 / 3)
