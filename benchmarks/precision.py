@@ -1,6 +1,6 @@
 """What half precision and quantisation cost in accuracy: `python -m benchmarks.precision CHECKPOINT --data FOLDER -o OUT`.
 
-Each variant is exported, served and asked the referring questions of shapes-rvos, and set against float32 in ONNX Runtime. The figures go to
+Each variant is exported, served and asked the questions of shapes-rvos, and set against float32 in ONNX Runtime. The figures go to
 the suite `gate`.
 """
 

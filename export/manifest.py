@@ -28,6 +28,7 @@ class Manifest:
         component: its name.
         engine_kind, precision: as in `export.runners.Engine`.
         source: sha256 of all that it was made from: weights, code, settings and versions.
+        machine: what it is bound to, or "any" (`export.runners.machine_of`).
         versions: package to version, of those that made it.
         ranges: dynamic size to least, usual and largest value.
         gate: figures of every output against torch in float32.
@@ -39,6 +40,7 @@ class Manifest:
     engine_kind: str
     precision: str
     source: str
+    machine: str
     versions: dict[str, str]
     ranges: dict[str, tuple[int, int, int]]
     gate: Gate

@@ -1,7 +1,8 @@
-"""Loads what the exporter wrote, one class per engine kind: `torch` (eager), `onnx` (ONNX Runtime)."""
+"""Loads what the exporter wrote, one class per engine kind: `torch` (eager), `onnx` (ONNX Runtime), `aoti` (AOTInductor package)."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .models.language_model import LanguageDecoder
     from .models.layers import Graph as Module
 
-ENGINE_SUFFIX = {"torch": ".safetensors", "onnx": ".onnx"}
+ENGINE_SUFFIX = {"torch": ".safetensors", "onnx": ".onnx", "aoti": ".pt2"}
 """Engine kind to the file that it is kept in, beside its component's model.py."""
 
 IDLE_CACHE_BYTES = 256 << 20
@@ -46,7 +47,7 @@ class Engine:
 
     Args:
         engine_kind: key of ENGINE_SUFFIX.
-        precision: of weights and products, one of PRECISIONS; norms, softmax and scores stay in float32. Half precision needs torch.
+        precision: of weights and products, one of PRECISIONS; norms, softmax and scores stay in float32. ONNX has float32 alone.
         quantization: key of QUANTIZATION_BITS; of the language model's layers.
     """
 
@@ -64,8 +65,8 @@ class Engine:
         for name, values in known:
             if getattr(self, name) not in values:
                 raise ValueError(f"engine: got {name} {getattr(self, name)!r}, expected one of {', '.join(values)}.")
-        if self.engine_kind != "torch" and self.precision != "float32":
-            raise ValueError(f"engine: got {self.engine_kind} in {self.precision}, expected torch: other kinds are float32 here.")
+        if self.engine_kind == "onnx" and self.precision != "float32":
+            raise ValueError(f"engine: got onnx in {self.precision}, expected torch or aoti: graphs in ONNX are float32 here.")
 
 
 class OnnxGraph:
@@ -126,7 +127,7 @@ class TorchDevice:
         return torch.stack(list(arrays)).float()
 
     def run(self, graph: Graph, inputs: Mapping[str, Array | Tensor]) -> dict[str, Tensor]:
-        assert isinstance(graph, TorchGraph)
+        assert isinstance(graph, TensorGraph)
         return graph.run_tensors({name: self.put(array) for name, array in inputs.items()})
 
     def host(self, array: Array | Tensor) -> Array:
@@ -175,7 +176,33 @@ class TorchPlace:
             torch.cuda.empty_cache()
 
 
-class TorchGraph:
+class TensorGraph:
+    """A graph that takes and returns tensors on this process's device.
+
+    Args:
+        component: its name.
+        config: sizes.
+        call: takes the tensors of the contract's inputs in order, and returns those of its outputs.
+    """
+
+    def __init__(self, component: str, config: ModelConfig, call: Callable[..., Tensor | Sequence[Tensor]]) -> None:
+        contract = components(config)[component]
+        self._inputs = [spec.name for spec in contract.inputs]
+        self._outputs = [spec.name for spec in contract.outputs]
+        self._device, self._call = TorchDevice(), call
+
+    def run(self, inputs: Arrays) -> Arrays:
+        return {name: self._device.host(tensor) for name, tensor in self._device.run(self, inputs).items()}
+
+    def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs and outputs on the device; floats as float32."""
+        outputs = self._call(*(inputs[name] for name in self._inputs))
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        tensors = zip(self._outputs, outputs, strict=True)
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
+
+
+class TorchGraph(TensorGraph):
     """A torch module in eager mode.
 
     Args:
@@ -185,22 +212,29 @@ class TorchGraph:
     """
 
     def __init__(self, module: Module, component: str, precision: str = "float32") -> None:
-        self._place = TorchPlace(module, precision)
-        contract = components(module.config)[component]
-        self._inputs = [spec.name for spec in contract.inputs]
-        self._outputs = [spec.name for spec in contract.outputs]
+        place = TorchPlace(module, precision)
 
-    def run(self, inputs: Arrays) -> Arrays:
-        device = self._place.device
-        return {name: device.host(tensor) for name, tensor in device.run(self, inputs).items()}
+        def call(*tensors: Tensor) -> Tensor | Sequence[Tensor]:
+            with place.inference():
+                outputs: Tensor | Sequence[Tensor] = place.module(*tensors)
+                return outputs
 
-    def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs and outputs on the device; floats as float32."""
-        with self._place.inference():
-            outputs = self._place.module(*(inputs[name] for name in self._inputs))
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        tensors = zip(self._outputs, outputs, strict=True)
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
+        super().__init__(component, module.config, call)
+
+
+class AotiGraph(TensorGraph):
+    """A component that AOTInductor has compiled for this machine.
+
+    Args:
+        path: .pt2 file.
+        component: its name.
+        config: sizes.
+    """
+
+    def __init__(self, path: Path, component: str, config: ModelConfig) -> None:
+        from torch._inductor import aoti_load_package
+
+        super().__init__(component, config, aoti_load_package(str(path)))
 
 
 class DecoderEnds:
@@ -341,6 +375,8 @@ def load_graph(engine: Engine, path: Path, component: str, config: ModelConfig) 
     """A component's graph from its file."""
     if engine.engine_kind == "onnx":
         return OnnxGraph(path)
+    if engine.engine_kind == "aoti":
+        return AotiGraph(path, component, config)
     return TorchGraph(load_module(path, component, config), component, engine.precision)
 
 
@@ -376,7 +412,7 @@ def share_weights(modules: Sequence[nn.Module]) -> None:
 
 def open_device(parameters: Mapping[str, str]) -> Device:
     """Where the graphs of an `Engine` take and leave their arrays."""
-    return TorchDevice() if Engine.from_parameters(parameters).engine_kind == "torch" else Host()
+    return Host() if Engine.from_parameters(parameters).engine_kind == "onnx" else TorchDevice()
 
 
 def open_decoder(parameters: Mapping[str, str], folder: Path, config: ModelConfig) -> Decoder:
@@ -393,8 +429,21 @@ def open_decoder(parameters: Mapping[str, str], folder: Path, config: ModelConfi
 
 def engine_path(engine: Engine, folder: Path, component: str) -> Path:
     """The file of a component's graph, as its manifest says; raises ManifestError."""
-    check(folder, component, {"engine_kind": engine.engine_kind, "precision": engine.precision})
+    settings = {"engine_kind": engine.engine_kind, "precision": engine.precision, "machine": machine_of(engine)}
+    check(folder, component, settings)
     return folder / engine_file(engine, component)
+
+
+def machine_of(engine: Engine) -> str:
+    """What an engine is bound to: "any" machine, or the torch and the processor that it was compiled for."""
+    if engine.engine_kind != "aoti":
+        return "any"
+    import torch
+
+    if torch_device() == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return f"torch {torch.__version__}, sm_{major}{minor}"
+    return f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def engine_file(engine: Engine, component: str) -> str:
@@ -414,10 +463,15 @@ def load_module(path: Path, component: str, config: ModelConfig) -> Module:
 
 
 def save_module(module: Module, path: Path, precision: str) -> None:
-    """Writes a component's weights under its own names: matrices in a precision, vectors (norms, biases) in float32."""
-    import torch
+    """Writes a component's weights under its own names, as `stored` keeps them."""
     from safetensors.torch import save_file
 
+    save_file(stored(module, precision), path)
+
+
+def stored(module: Module, precision: str) -> dict[str, Tensor]:
+    """A component's weights by its own names: matrices in a precision, vectors (norms, biases) in float32."""
+    import torch
+
     dtype = getattr(torch, precision)
-    state = module.state_dict()
-    save_file({name: (tensor.to(dtype) if tensor.ndim > 1 else tensor).contiguous() for name, tensor in state.items()}, path)
+    return {name: (tensor.to(dtype) if tensor.ndim > 1 else tensor).contiguous() for name, tensor in module.state_dict().items()}

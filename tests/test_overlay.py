@@ -48,7 +48,7 @@ def test_blend_without_masks_is_the_frame():
 def test_colours_differ_and_are_used_again_when_there_are_more_objects():
     assert len(np.unique(COLOURS, axis=0)) == len(COLOURS)
     masks = painted(9, 9 * (len(COLOURS) + 1), *((slice(None), slice(9 * i, 9 * i + 9)) for i in range(len(COLOURS) + 1)))
-    drawn = blend(np.zeros(masks.shape[1:] + (3,), np.uint8), masks)[4, 4::9]
+    drawn = blend(np.zeros((*masks.shape[1:], 3), np.uint8), masks)[4, 4::9]
     assert len(np.unique(drawn, axis=0)) == len(COLOURS)
     np.testing.assert_array_equal(drawn[0], drawn[-1])
 
