@@ -17,7 +17,7 @@ from .serve import Ports, Server, ServerError
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Model repository to write.")
 @click.option("--engine", type=click.Choice(list(ENGINE_SUFFIX)), default="onnx", show_default=True, help="What the graphs run in.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True, help="Half needs --engine torch.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True, help="ONNX has float32 alone.")
 @click.option(
     "--quantization", type=click.Choice(list(QUANTIZATION_BITS)), default="none", show_default=True, help="Of the language model's layers."
 )

@@ -234,6 +234,8 @@ class AotiGraph(TensorGraph):
     def __init__(self, path: Path, component: str, config: ModelConfig) -> None:
         from torch._inductor import aoti_load_package
 
+        from .models import roi_align  # noqa: F401 (packages call the operator that it registers)
+
         super().__init__(component, config, aoti_load_package(str(path)))
 
 

@@ -81,7 +81,7 @@ class RoiHelper(nn.Module):
             [S, P]
         """
         tokens, pooled = self.read(boxes * self.image_size, pyramid)
-        queries = self.query_proj(prompt_embeddings).expand(1, len(tokens), -1, -1)  # [S, C] -> [1, P, S, C]
+        queries = self.query_proj(prompt_embeddings).expand(1, tokens.shape[0], -1, -1)  # [S, C] -> [1, P, S, C]
         # Every proposal is a head: the ONNX exporter takes no attention without an axis of heads.
         found = F.scaled_dot_product_attention(queries, tokens[None], tokens[None])[0]  # [1, P, S, C] -> [P, S, C]
 

@@ -1,0 +1,41 @@
+"""A compiled package computes what torch does at every size, and runs only on the machine that it was compiled for."""
+
+import numpy as np
+import pytest
+
+from ensemble.components import components
+from ensemble.config import TINY
+from export import runners, to_repository
+from export.manifest import ManifestError
+from export.runners import AotiGraph, Engine, TorchGraph, open_graph
+
+PART = "prompt_projector"
+SETTINGS = {"engine_kind": "aoti", "precision": "bfloat16"}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aoti")
+    to_repository.opened.cache_clear()
+    to_repository.export_graph(tiny.root, PART, Engine(**SETTINGS), [folder])
+    return folder
+
+
+@pytest.mark.parametrize("states", [1, 2, 7])
+def test_package_computes_what_eager_torch_does_in_its_precision(tiny, folder, states):
+    graph = open_graph(SETTINGS, folder, PART, TINY)
+    assert isinstance(graph, AotiGraph)
+    inputs = components(TINY)[PART].sample(3, states=states)
+    got = graph.run(inputs)["prompt_embeddings"]
+    eager = TorchGraph(tiny.build(PART), PART, "bfloat16").run(inputs)["prompt_embeddings"]
+    exact = TorchGraph(tiny.build(PART), PART).run(inputs)["prompt_embeddings"]
+    assert (got.shape, got.dtype) == (exact.shape, np.float32)
+    ulp = 2.0**-8 * np.abs(exact).max()  # fused products are rounded less often than eager ones
+    np.testing.assert_allclose(got, eager, atol=4 * ulp)
+    assert np.abs(got - exact).max() > 0
+
+
+def test_package_of_another_machine_is_not_run(folder, monkeypatch):
+    monkeypatch.setattr(runners, "machine_of", lambda engine: "torch 2.11.0, sm_90")
+    with pytest.raises(ManifestError, match=r"got machine torch .*, expected torch 2\.11\.0, sm_90\. Make the engine anew"):
+        open_graph(SETTINGS, folder, PART, TINY)
