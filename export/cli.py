@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,20 +12,21 @@ from tqdm import tqdm
 
 from .runners import ENGINE_SUFFIX, PRECISIONS, QUANTIZATION_BITS, Engine
 from .serve import Ports, Server, ServerError
+from .targets import AUTO, TargetError, find_target, ran_on
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Model repository to write.")
-@click.option("--engine", type=click.Choice(list(ENGINE_SUFFIX)), default="onnx", show_default=True, help="What the graphs run in.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True, help="ONNX has float32 alone.")
-@click.option(
-    "--quantization", type=click.Choice(list(QUANTIZATION_BITS)), default="none", show_default=True, help="Of the language model's layers."
-)
-def export(checkpoint: Path, out: Path, engine: str, precision: str, quantization: str) -> None:
+@click.option("--target", default=AUTO, show_default=True, help="auto: of this machine's GPU; a name (cpu, h100, l4, ...) or a .toml file.")
+@click.option("--engine", type=click.Choice(list(ENGINE_SUFFIX)), help="What the graphs run in, in float32: instead of a target.")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Instead of the target's; ONNX has float32 alone.")
+@click.option("--quantization", type=click.Choice(list(QUANTIZATION_BITS)), help="Of the language model's layers, instead of the target's.")
+def export(checkpoint: Path, out: Path, target: str, engine: str | None, precision: str | None, quantization: str | None) -> None:
     """Turn CHECKPOINT into a model repository.
 
-    CHECKPOINT is a folder in our layout, the original's working directory, or a SAM2 file, which serves sparrow_track alone.
+    CHECKPOINT is a folder in our layout, the original's working directory, or a SAM2 file, which serves sparrow_track alone. What an
+    earlier export into the same repository made from the same stays.
     """
     from .checkpoints import Checkpoint, CheckpointError
     from .gate import GateError
@@ -33,7 +35,7 @@ def export(checkpoint: Path, out: Path, engine: str, precision: str, quantizatio
 
     try:
         source = Checkpoint(checkpoint)
-        settings = Engine(engine, precision, quantization)
+        settings = choose(target, engine, precision, quantization)
         with tqdm(total=len(source.components), unit="graph") as bar:
 
             def progress(made: Manifest, anew: bool) -> None:
@@ -44,11 +46,23 @@ def export(checkpoint: Path, out: Path, engine: str, precision: str, quantizatio
                 bar.update()
 
             repository_from_checkpoint(source, out, progress, settings)
-    except (CheckpointError, GateError, RepositoryBusy, ValueError) as error:
+    except (CheckpointError, GateError, RepositoryBusy, TargetError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:  # e.g. the disk is full
         raise click.ClickException(f"{error.filename or out}: {error.strerror or error}. Engines that were finished are kept.") from error
     click.echo(f"Model repository: {out}\nStart it: sparrow serve {out}")
+
+
+def choose(target: str, engine: str | None, precision: str | None, quantization: str | None) -> Engine:
+    """The engines that were asked for; says which target they are of."""
+    if engine:
+        chosen = Engine(engine)
+    else:
+        found = find_target(target)
+        click.echo(f"Target {found.name}: {found.about} {ran_on(found)}")
+        chosen = found.engine
+    given = {"precision": precision, "quantization": quantization}
+    return replace(chosen, **{name: value for name, value in given.items() if value})
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -16,6 +16,9 @@ import click
 
 from ensemble.config import PRESETS, ModelConfig
 
+from .machine import describe
+from .targets import AUTO, TargetError, find_target, ran_on
+
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint
 
@@ -328,20 +331,34 @@ def compare_encoders(checkpoint: Checkpoint) -> Comparison | None:
 
 
 @click.command()
-@click.argument("root", type=click.Path(path_type=Path))
+@click.argument("root", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--hash/--no-hash", "hashes", default=True, help="Read all files for their SHA-256.", show_default=True)
-def doctor(root: Path, as_json: bool, hashes: bool) -> None:
-    """Say what the checkpoint ROOT is and whether it can be served; exits with 1 if not.
+def doctor(root: Path | None, as_json: bool, hashes: bool) -> None:
+    """Say what the checkpoint ROOT is and whether it can be served; exits with 1 if not. Without ROOT, what this machine has and can do.
 
     ROOT is a folder in our layout, the original's working directory, or a file of SAM2.
     """
+    if root is None:
+        if as_json or not hashes:
+            raise click.UsageError("got no ROOT, expected one: --json and --hash are about a checkpoint.")
+        return describe_machine()
     report = examine(root, hashes)
     if as_json:
         click.echo(json.dumps({"servable": report.servable, **dataclasses.asdict(report)}, indent=2, default=str))
     else:
         click.echo("\n".join(lines(report)))
     sys.exit(not report.servable)
+
+
+def describe_machine() -> None:
+    """Prints what there is, and which target `sparrow export` would take."""
+    click.echo("\n".join(describe()))
+    try:
+        target = find_target(AUTO)
+        click.echo(f"\nsparrow export takes the target {target.name}: {target.about} {ran_on(target)}")
+    except TargetError as error:
+        click.echo(f"\n{error}")
 
 
 def lines(report: Report) -> Iterable[str]:
