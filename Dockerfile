@@ -5,12 +5,17 @@
 #
 # Weights and engines are mounted, never baked in. 64 MB of shared memory, Docker's default, is too little for frame tensors.
 ARG TRITON_IMAGE
+
+FROM ${TRITON_IMAGE} AS builder
+WORKDIR /build
+COPY . .
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
 FROM ${TRITON_IMAGE}
-WORKDIR /opt/sparrow
-COPY pyproject.toml README.md LICENSE ./
-COPY client client
-COPY ensemble ensemble
-COPY export export
-RUN pip install --no-cache-dir --break-system-packages '.[models]'
+COPY --from=builder /wheels /wheels
+RUN pip install --no-cache-dir --break-system-packages "$(ls /wheels/*.whl)[models]" \
+    && useradd --uid 10001 --create-home --shell /usr/sbin/nologin sparrow
+USER 10001
 EXPOSE 8000 8001 8002
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["curl", "--fail", "--silent", "localhost:8000/v2/health/ready"]
 CMD ["tritonserver", "--model-repository=/models", "--disable-auto-complete-config"]

@@ -38,6 +38,7 @@ check: $(VENV)/dev  ## formatting, lint, types, generated files; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m export.generate --check
 	$(BIN)/python -m benchmarks.tables --check
 
