@@ -36,7 +36,7 @@ from ensemble.config import FULL, ModelConfig
 from ensemble.runner import Device, Host, SequenceRequest
 from ensemble.tensors import Array, Arrays
 from ensemble.tracker import Tracker
-from export.runners import TorchDevice, TorchGraph, torch_device
+from export.runners import TensorGraph, TorchDevice, TorchGraph, torch_device
 from tests import sam2_oracle
 
 NUM_FRAMES = 33
@@ -323,12 +323,11 @@ def tracked(subject: Subject, device: Device, edits: Edits, fault: Fault | None 
     return track
 
 
-class Spoilt(TorchGraph):
+class Spoilt(TensorGraph):
     """A graph whose inputs are changed on the way."""
 
-    def __init__(self, graph: TorchGraph, fault: Fault) -> None:
+    def __init__(self, graph: TensorGraph, fault: Fault) -> None:
         self._graph, self._fault = graph, fault
-        self._place = graph._place
 
     def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._graph.run_tensors(self._fault(dict(inputs)))
