@@ -327,7 +327,7 @@ class Spoilt(TensorGraph):
     """A graph whose inputs are changed on the way."""
 
     def __init__(self, graph: TensorGraph, fault: Fault) -> None:
-        self._graph, self._fault = graph, fault
+        self._graph, self._fault, self._device = graph, fault, graph._device
 
     def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._graph.run_tensors(self._fault(dict(inputs)))
