@@ -73,7 +73,7 @@ class Questions:
     place: int
 
     def of(self, scenes: Tensor) -> dict[str, Tensor]:
-        """The rows of some scenes, by name; what `training.language.Reading` takes."""
+        """The rows of some scenes, by name."""
         names = ("ids", "turns", "positions", "targets", "spoken", "objects")
         return {name: getattr(self, name)[scenes] for name in names} | {"emitting": self.emitting[:, scenes]}
 
