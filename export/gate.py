@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
 LEAST_COSINE = {"float16": 0.999, "bfloat16": 0.99}
 """Of every output in half precision; errors of single values say little there: ulps (2^-10, 2^-7) add up, and queries change ranks."""
-LEAST_MATCHED = 0.9
-"""Share of a ranked component's boxes that in half precision must be found among the engine's, wherever in the order."""
+LEAST_MATCHED = 0.8
+"""Boxes of a ranked component that an engine in half precision must find, wherever in the order, as a part of those that torch in float32
+still finds when weights and inputs are rounded: where scores are nearly the same, as with random weights, rounding changes the ranks.
+"""
 SAME_BOX = 0.5
 """IoU from which a box is found."""
 LARGE = 64 << 20
@@ -43,21 +46,25 @@ def pass_gate(graph: Graph, module: Module, component: str, precision: str) -> G
         GateError: names the output that is furthest from what it should be.
     """
     contract = components(module.config)[component]
+    rounded = round_weights(module, precision) if contract.ranked and precision != "float32" else None
     figures: Gate = {}
+    stable: Gate = {}
     for seed, sizes in enumerate(({}, least_sizes(contract))):
         inputs = contract.sample(seed, **sizes)
         if not sizes and sum(array.nbytes for array in inputs.values()) > LARGE:
             continue
         expected = run_module(module, contract, inputs)
-        for name, got in graph.run(inputs).items():
-            own = measure(contract, got, expected[name])
-            known = figures.setdefault(name, own)
-            figures[name] = {key: (max if "error" in key else min)(value, known[key]) for key, value in own.items()}
+        note(figures, contract, graph.run(inputs), expected)
+        if rounded:
+            note(
+                stable, contract, run_module(rounded, contract, {name: as_if(array, precision) for name, array in inputs.items()}), expected
+            )
     for name, own in sorted(figures.items(), key=lambda item: -item[1]["error"]):
         if precision == "float32":
             figure, passed, bound = "error", own["error"] <= contract.tolerance.max_error, f"at most {contract.tolerance.max_error:g}"
         elif contract.ranked:
-            figure, passed, bound = "matched", own.get("matched", 1.0) >= LEAST_MATCHED, f"at least {LEAST_MATCHED:g}"
+            least = LEAST_MATCHED * stable[name].get("matched", 0.0)
+            figure, passed, bound = "matched", own.get("matched", 0.0) >= least, f"at least {least:.2g}"
         else:
             figure, passed, bound = "cosine", own["cosine"] >= LEAST_COSINE[precision], f"at least {LEAST_COSINE[precision]:g}"
         if not passed:
@@ -68,19 +75,48 @@ def pass_gate(graph: Graph, module: Module, component: str, precision: str) -> G
     return figures
 
 
+def note(figures: Gate, contract: Component, got: Arrays, expected: Arrays) -> None:
+    """Keeps the worst figures of every output."""
+    for name, array in got.items():
+        own = measure(contract, array, expected[name])
+        known = figures.setdefault(name, own)
+        figures[name] = {key: (max if "error" in key else min)(value, known[key]) for key, value in own.items()}
+
+
+def round_weights(module: Module, precision: str) -> Module:
+    """A copy that computes in float32 with the weights of a precision."""
+    import torch
+
+    rounded = deepcopy(module)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.to(getattr(torch, precision)).float()
+    return rounded
+
+
+def as_if(array: Array, precision: str) -> Array:
+    """Floats as if they were kept in a precision."""
+    import torch
+
+    kept = torch.from_numpy(array)
+    return kept.to(getattr(torch, precision)).float().numpy() if kept.is_floating_point() else array
+
+
 def least_sizes(contract: Component) -> dict[str, int]:
     """The smallest value of every dynamic size."""
     return {size.name: size.min for spec in contract.inputs for size in spec.shape if isinstance(size, Dim)}
 
 
 def run_module(module: Module, contract: Component, inputs: Arrays) -> Arrays:
-    """What torch computes, where the module is."""
+    """What torch computes in float32: on the GPU where four times the weights fit, since a large tower takes minutes on a CPU."""
     import torch
 
-    with torch.inference_mode():
-        outputs = module(*(torch.from_numpy(inputs[spec.name]) for spec in contract.inputs))
+    size = sum(parameter.nbytes for parameter in module.parameters())
+    device = "cuda" if torch.cuda.is_available() and 4 * size < torch.cuda.mem_get_info()[0] else "cpu"
+    module.to(device)
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        outputs = module(*(torch.from_numpy(inputs[spec.name]).to(device) for spec in contract.inputs))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {spec.name: tensor.numpy() for spec, tensor in zip(contract.outputs, outputs, strict=True)}
+    return {spec.name: tensor.cpu().numpy() for spec, tensor in zip(contract.outputs, outputs, strict=True)}
 
 
 def measure(contract: Component, got: Array, expected: Array) -> dict[str, float]:
