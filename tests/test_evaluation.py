@@ -264,6 +264,7 @@ def test_report_has_a_line_per_question(client, data):
         **dict.fromkeys(("tracked_j", "tracked_f", "tracked_j_and_f", "first_frame_j", "right_object"), "0.0"),
         **dict.fromkeys(("framewise_j", "framewise_f", "framewise_j_and_f"), "100.0"),
         "no_mask": "",
+        "hidden": "0.0",
     }
     assert (rows[3]["no_mask"], rows[3]["tracked_j"], rows[3]["right_object"]) == ("100.0", "", "")
 
@@ -275,6 +276,8 @@ def test_ablation_asks_once_more_without_guidance(client, data, results):
     assert all("Please segment shape" in call.prompt for call in asked)
     assert figures(results)["test_2_videos_box_and_seg", "first_frame_j"] == 100
     assert figures(results)["test_2_videos_seg_alone", "first_frame_j"] == 100
+    assert figures(results)["test_2_videos_in_sight", "tracked_j_and_f"] == 100
+    assert ("test_2_videos_occluded", "tracked_j_and_f") not in figures(results)  # nothing is
     assert records.latest(results)["test_2_videos", "tracked_j_and_f"]["n"] == 4
     assert [row["sample"] for row in report(data)[:6]] == ["a/0", "a/1", "a/2", "a/3", "a/0_seg_alone", "a/1_seg_alone"]
 

@@ -48,3 +48,15 @@ def test_object_is_covered_by_a_proposal_of_half_its_box():
     assert shapes_rvos.covered_objects(np.concatenate([np.tile(less, (100, 1)), box[None]]), ids) == [False, False]
     assert shapes_rvos.covered_objects(np.zeros((0, 4), np.float32), ids) == [False, False]
     assert shapes_rvos.covered_objects(np.stack([box]), np.zeros_like(ids)) == []
+
+
+def test_object_is_hidden_that_once_shows_less_than_half():
+    shown = np.zeros((3, 4, 10), bool)
+    shown[:, :, :8] = True
+    assert not shapes_rvos.is_hidden(shown)
+    shown[1, :, 4:] = False
+    assert not shapes_rvos.is_hidden(shown)
+    shown[1, 0, 3] = False
+    assert shapes_rvos.is_hidden(shown)
+    shown[2] = False
+    assert shapes_rvos.is_hidden(shown)

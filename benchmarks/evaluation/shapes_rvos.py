@@ -31,6 +31,8 @@ from .samples import Clip, DatasetError, Figure, Floats, Masks, Predictions, Row
 SEG_ALONE = "seg_alone"
 """Kind of a referring question that is asked once more without detection guidance, so that [SEG] alone says what is meant."""
 
+HIDDEN = 0.5
+"""Part of what the first frame shows of an object, below which it is hidden."""
 OVERLAP = 0.5
 """Least IoU at which a mask or a box counts as an object's."""
 
@@ -160,6 +162,11 @@ class ShapesRvos:
             for name, kind in (("box_and_seg", "referring"), ("seg_alone", SEG_ALONE)):
                 values = [row["first_frame_j"] for row in rows if row["kind"] == kind]
                 figures.append(Figure("first_frame_j", values, "%", f"{workload}_{name}"))
+            # What memory is for: objects that go behind others or out of the frame.
+            for name, hidden in (("occluded", 100.0), ("in_sight", 0.0)):
+                own = [row for row in rows if row["kind"] == "referring" and row["hidden"] == hidden]
+                for branch in branches:
+                    figures.append(Figure(f"{branch}_j_and_f", [row[f"{branch}_j_and_f"] for row in own], "%", f"{workload}_{name}"))
         return figures
 
 
@@ -183,7 +190,14 @@ def measures(kind: str, tracks: Mapping[str, Masks], annotated: NDArray[np.uint8
         **percentages({branch: score(masks, wanted[0]) for branch, masks in named.items()}),
         "first_frame_j": 100 * float(region_similarity(first_frame[None], wanted[0, :1])[0]),
         "right_object": 100.0 * is_right_object(first_frame, annotated[0], objects[0]),
+        "hidden": 100.0 * is_hidden(wanted[0]),
     }
+
+
+def is_hidden(shown: Masks) -> bool:
+    """Whether less than HIDDEN of what the first frame shows of an object is in sight on some frame; `shown` [T, H, W]."""
+    areas = shown.sum((1, 2))
+    return bool(areas.min() < HIDDEN * areas[0])
 
 
 def percentages(scores: Mapping[str, Score]) -> Row:
