@@ -276,8 +276,10 @@ def test_ablation_asks_once_more_without_guidance(client, data, results):
     assert all("Please segment shape" in call.prompt for call in asked)
     assert figures(results)["test_2_videos_box_and_seg", "first_frame_j"] == 100
     assert figures(results)["test_2_videos_seg_alone", "first_frame_j"] == 100
-    assert figures(results)["test_2_videos_in_sight", "tracked_j_and_f"] == 100
-    assert ("test_2_videos_occluded", "tracked_j_and_f") not in figures(results)  # nothing is
+    hidden = [row["hidden"] for row in report(data) if row["kind"] == "referring"]
+    for name, value in (("in_sight", "0.0"), ("occluded", "100.0")):
+        line = records.latest(results)[f"test_2_videos_{name}", "tracked_j_and_f"]
+        assert (line["value"], line["n"]) == (100, hidden.count(value))
     assert records.latest(results)["test_2_videos", "tracked_j_and_f"]["n"] == 4
     assert [row["sample"] for row in report(data)[:6]] == ["a/0", "a/1", "a/2", "a/3", "a/0_seg_alone", "a/1_seg_alone"]
 
@@ -600,7 +602,7 @@ def test_a_real_server_is_evaluated(server, data, results):
     succeed(data, "--server", server.url, "--ablations")
     lines = records.latest(results)
     scores = [line["value"] for (_, metric), line in lines.items() if metric not in COST]
-    assert len(scores) == 8 and all(0 <= score <= 100 for score in scores)
+    assert len(scores) == 12 and all(0 <= score <= 100 for score in scores)
     assert lines["test_2_videos", "absent_no_mask_pct"]["value"] == 0  # the tiny model answers everything with an object
     assert {line["env"]["preset"] for line in lines.values()} == {"tiny"}
     prediction = json.loads((data.parent / "out" / "predictions" / "a" / "0.json").read_text())
