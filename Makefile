@@ -58,6 +58,7 @@ bench: build/nano/onnx/built  ## measure the nano model's speed through the serv
 
 eval: $(VENV)/dev build/nano/onnx/built  ## measure the nano model's accuracy through the server and keep the figures
 	$(BIN)/python -m training.shapes_rvos build/shapes --split test --videos 40
+	@rm -rf build/eval  # answers of an earlier checkpoint
 	$(SERVE) build/nano/onnx -- $(BIN)/sparrow eval shapes-rvos --data build/shapes --ablations -o build/eval
 	$(BIN)/python -m benchmarks.tables
 
