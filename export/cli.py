@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from .manifest import Manifest
 from .runners import ENGINE_SUFFIX, PRECISIONS, QUANTIZATION_BITS, Engine
 from .serve import Ports, Server, ServerError
 from .targets import AUTO, TargetError, find_target, ran_on
@@ -30,7 +31,6 @@ def export(checkpoint: Path, out: Path, target: str, engine: str | None, precisi
     """
     from .checkpoints import Checkpoint, CheckpointError
     from .gate import GateError
-    from .manifest import Manifest
     from .to_repository import RepositoryBusy, repository_from_checkpoint
 
     try:
@@ -39,10 +39,9 @@ def export(checkpoint: Path, out: Path, target: str, engine: str | None, precisi
         with tqdm(total=len(source.components), unit="graph") as bar:
 
             def progress(made: Manifest, anew: bool) -> None:
-                error = max(figures["error"] for figures in made.gate.values())
                 took = f"{made.seconds:6.1f} s" if anew else "as it was"
                 kind = f"{made.engine_kind} {made.precision}"
-                bar.write(f"{made.component:<18} {kind:<15} {took:>9} {made.size / 1e6:9.2f} MB   error {error:.1e}")
+                bar.write(f"{made.component:<18} {kind:<15} {took:>9} {made.size / 1e6:9.2f} MB   {gated(made)}")
                 bar.update()
 
             repository_from_checkpoint(source, out, progress, settings)
@@ -51,6 +50,14 @@ def export(checkpoint: Path, out: Path, target: str, engine: str | None, precisi
     except OSError as error:  # e.g. the disk is full
         raise click.ClickException(f"{error.filename or out}: {error.strerror or error}. Engines that were finished are kept.") from error
     click.echo(f"Model repository: {out}\nStart it: sparrow serve {out}")
+
+
+def gated(made: Manifest) -> str:
+    """The figure that the gate has decided on."""
+    worst = {key: [figures[key] for figures in made.gate.values() if key in figures] for key in ("error", "matched", "cosine")}
+    if made.precision == "float32":
+        return f"error {max(worst['error']):.1e}"
+    return f"matched {min(worst['matched']):.2f}" if worst["matched"] else f"cosine {min(worst['cosine']):.5f}"
 
 
 def choose(target: str, engine: str | None, precision: str | None, quantization: str | None) -> Engine:
