@@ -174,10 +174,10 @@ class Component:
                 return spec
         raise KeyError(f"{self.name}.{name}: no such tensor, expected one of {', '.join(spec.name for spec in specs)}.")
 
-    def dim(self, name: str) -> Dim:
-        """The `Dim` of that name among the inputs."""
-        dims = {size.name: size for spec in self.inputs for size in spec.shape if isinstance(size, Dim)}
-        return dims[name]
+    @property
+    def dims(self) -> dict[str, Dim]:
+        """The sizes of the inputs that vary, by name."""
+        return {size.name: size for spec in self.inputs for size in spec.shape if isinstance(size, Dim)}
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Input name to {axis: Dim name}, as exporters want it."""
@@ -193,7 +193,7 @@ class Component:
             Input name to array: standard normal floats, boxes in and around the frame, integers within their bounds, booleans.
         """
         rng = np.random.default_rng(seed)
-        bound = {size.name: sizes.get(size.name, size.opt) for spec in self.inputs for size in spec.shape if isinstance(size, Dim)}
+        bound = {name: sizes.get(name, size.opt) for name, size in self.dims.items()}
         arrays: Arrays = {}
         for spec in self.inputs:
             shape = tuple(bound[size.name] if isinstance(size, Dim) else size for size in spec.shape)

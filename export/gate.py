@@ -9,7 +9,7 @@ import numpy as np
 
 from ensemble.components import components
 from ensemble.runner import Graph
-from ensemble.tensors import Array, Arrays, Component, Dim
+from ensemble.tensors import Array, Arrays, Component
 
 from .manifest import Gate
 
@@ -49,7 +49,7 @@ def pass_gate(graph: Graph, module: Module, component: str, precision: str) -> G
     rounded = round_weights(module, precision) if contract.ranked and precision != "float32" else None
     figures: Gate = {}
     stable: Gate = {}
-    for seed, sizes in enumerate(({}, least_sizes(contract))):
+    for seed, sizes in enumerate(({}, {name: size.min for name, size in contract.dims.items()})):
         inputs = contract.sample(seed, **sizes)
         if not sizes and sum(array.nbytes for array in inputs.values()) > LARGE:
             continue
@@ -99,11 +99,6 @@ def as_if(array: Array, precision: str) -> Array:
 
     kept = torch.from_numpy(array)
     return kept.to(getattr(torch, precision)).float().numpy() if kept.is_floating_point() else array
-
-
-def least_sizes(contract: Component) -> dict[str, int]:
-    """The smallest value of every dynamic size."""
-    return {size.name: size.min for spec in contract.inputs for size in spec.shape if isinstance(size, Dim)}
 
 
 def run_module(module: Module, contract: Component, inputs: Arrays) -> Arrays:

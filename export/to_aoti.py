@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ensemble.components import components
-from ensemble.tensors import Component, Dim
+from ensemble.tensors import Component
 
 from .to_onnx import export_sizes
 
@@ -40,7 +40,5 @@ def dynamic_shapes(contract: Component) -> tuple[dict[int, object], ...]:
     """Of every input in order, axis to size, as `torch.export` takes them."""
     from torch.export import Dim as Size
 
-    sizes = {
-        size.name: Size(size.name, min=size.min, max=size.max) for spec in contract.inputs for size in spec.shape if isinstance(size, Dim)
-    }
+    sizes = {name: Size(name, min=size.min, max=size.max) for name, size in contract.dims.items()}
     return tuple({axis: sizes[name] for axis, name in axes.items()} for axes in contract.dynamic_axes().values())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ensemble.components import components
-from ensemble.tensors import Component, Dim
+from ensemble.tensors import Component
 
 if TYPE_CHECKING:
     from .models.layers import Graph
@@ -59,7 +59,7 @@ def onnx_from_torch(module: Graph, component: str, path: Path) -> None:
 
 def export_sizes(contract: Component) -> dict[str, int]:
     """Sizes to trace at: torch.export specialises 0 and 1, so every Dim gets at least 2, and cached positions stay valid."""
-    dims = {size.name: size for spec in contract.inputs for size in spec.shape if isinstance(size, Dim)}
+    dims = contract.dims
     sizes = {name: min(max(2, dim.min), dim.max) for name, dim in dims.items()}
     # Distinct sizes keep the tracer from taking two Dims for one.
     return {name: min(size + index, dims[name].max) for index, (name, size) in enumerate(sizes.items())}

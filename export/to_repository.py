@@ -268,32 +268,40 @@ def export_graph(root: Path, component: str, engine: Engine, folders: list[Path]
     except ManifestError:
         pass
     start = time.monotonic()
-    for abandoned in folders[0].glob(f".{component}-*"):  # by an export that was killed
-        shutil.rmtree(abandoned)
-    # Beside the engines, so that it can be moved there; what is half-written goes with the folder.
-    with TemporaryDirectory(prefix=f".{component}-", dir=folders[0]) as scratch:
-        made = Path(scratch)
+    first, *others = folders
+    for folder in folders:
+        for abandoned in folder.glob(f".{component}-*"):  # by an export that was killed
+            shutil.rmtree(abandoned)
+    with scratch(first, component) as made:
         path = made / engine_file(engine, component)
         make_engine(module, component, engine, path)
         gate = pass_gate(load_graph(engine, path, component, module.config), module, component, engine.precision)
-        contract = components(module.config)[component]
-        sizes = {size for spec in contract.inputs for size in spec.shape if isinstance(size, Dim)}
         manifest = Manifest(
             component=component,
             engine_kind=engine.engine_kind,
             precision=engine.precision,
             source=source,
             machine=machine,
-            versions={package: version(package) for package in MADE_BY[engine.engine_kind]},
-            ranges={size.name: (size.min, size.opt, size.max) for size in sizes},
+            versions=versions_of(engine),
+            ranges={name: (size.min, size.opt, size.max) for name, size in components(module.config)[component].dims.items()},
             gate=gate,
             seconds=round(time.monotonic() - start, 2),
             files={file.name: (file.stat().st_size, fingerprint(file)) for file in sorted(made.iterdir())},
         )
         manifest.write(made)
-        for folder in folders:
-            place(made, folder, component)
+        for folder in others:
+            with scratch(folder, component) as copied:
+                shutil.copytree(made, copied, dirs_exist_ok=True)
+                place(copied, folder, component)
+        place(made, first, component)
     return manifest, True
+
+
+@contextmanager
+def scratch(folder: Path, component: str) -> Iterator[Path]:
+    """A place beside the engines, from which files can be moved there; what is half-written goes with it."""
+    with TemporaryDirectory(prefix=f".{component}-", dir=folder) as name:
+        yield Path(name)
 
 
 def make_engine(module: Module, component: str, engine: Engine, path: Path) -> None:
@@ -315,20 +323,22 @@ def make_engine(module: Module, component: str, engine: Engine, path: Path) -> N
 
 
 def place(made: Path, folder: Path, component: str) -> None:
-    """Puts an engine's files into a model's folder, its manifest last: without that they are not run."""
-    manifest = f"{component}.json"
-    (folder / manifest).unlink(missing_ok=True)
-    with TemporaryDirectory(prefix=f".{component}-", dir=folder) as scratch:
-        for file in sorted(made.iterdir(), key=lambda file: file.name == manifest):
-            shutil.copyfile(file, Path(scratch) / file.name)
-            (Path(scratch) / file.name).replace(folder / file.name)
+    """Moves an engine's files into a model's folder, its manifest last: without that they are not run."""
+    manifest = folder / f"{component}.json"
+    manifest.unlink(missing_ok=True)
+    for file in sorted(made.iterdir(), key=lambda file: file.name == manifest.name):
+        file.replace(folder / file.name)
+
+
+def versions_of(engine: Engine) -> dict[str, str]:
+    """Of the packages that decide what comes out."""
+    return {package: version(package) for package in MADE_BY[engine.engine_kind]}
 
 
 def source_of(module: Module, engine: Engine) -> str:
     """sha256 of all that an engine is made from: the component's weights and sizes, its code, the settings and the packages at work."""
     digest = hashlib.sha256(hash_files(CODE).encode())
-    packages = {package: version(package) for package in MADE_BY[engine.engine_kind]}
-    digest.update(json.dumps([module.config.to_json(), asdict(engine), packages], sort_keys=True).encode())
+    digest.update(json.dumps([module.config.to_json(), asdict(engine), versions_of(engine)], sort_keys=True).encode())
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).numpy())

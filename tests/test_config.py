@@ -93,12 +93,12 @@ def test_key_value_cache_holds_the_longest_prompt_and_answer(config):
     visual = max(config.video_tokens, config.context_tokens)
     assert config.max_sequence == visual + settings.MAX_PROMPT_TOKENS + settings.MAX_TARGET_TOKENS + settings.MAX_NEW_TOKENS
     decoder = components(config)["language_decoder"]
-    assert config.max_sequence <= decoder.dim("slots").max
-    assert config.max_sequence - settings.MAX_NEW_TOKENS <= decoder.dim("tokens").max
+    assert config.max_sequence <= decoder.dims["slots"].max
+    assert config.max_sequence - settings.MAX_NEW_TOKENS <= decoder.dims["tokens"].max
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
 def test_tracked_memory_fits_the_contract_of_memory_attention(config):
     attention = components(config)["memory_attention"]
-    assert attention.dim("memories").max == config.sam2.num_maps
-    assert attention.dim("pointers").max == config.sam2.num_pointers
+    assert attention.dims["memories"].max == config.sam2.num_maps
+    assert attention.dims["pointers"].max == config.sam2.num_pointers

@@ -44,7 +44,7 @@ def test_engine_that_was_made_from_the_same_stays(root, folder):
     assert anew
     assert made.gate["prompt_embeddings"]["error"] < 1e-6  # the same module, on as many threads as are free
     assert made.size == (folder / f"{PART}.safetensors").stat().st_size
-    states = components(TINY)[PART].dim("states")
+    states = components(TINY)[PART].dims["states"]
     assert made.ranges == {"states": (states.min, states.opt, states.max)}
     assert make(root, folder) == (made, False)
     assert (folder / f"{PART}.safetensors").stat().st_mtime_ns == written

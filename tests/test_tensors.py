@@ -45,7 +45,7 @@ def test_tensor_spec_reads_as_shape_and_dtype():
 
 def test_component_finds_its_tensors_and_dims_by_name():
     assert PICKER.output("picked").shape == (COLUMNS, 2)
-    assert PICKER.dim("rows") is ROWS
+    assert PICKER.dims["rows"] is ROWS
     assert PICKER.dynamic_axes()["values"] == {0: "rows", 1: "columns"}
     with pytest.raises(KeyError, match=r"picker.picked: no such tensor, expected one of values, flags"):
         PICKER.input("picked")

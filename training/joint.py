@@ -13,7 +13,6 @@ from ensemble import settings
 from ensemble.components import ABSENT, BOTTOM_RIGHT, PAD, TEXT, TOP_LEFT
 from export.models.proposal_selector import MIN_SCORE
 
-from . import segmentation
 from .batches import NUM_FRAMES, Pool, frame_times, grounding, proposal_image
 from .detection import visible_boxes
 from .language import answer, answer_loss, see
@@ -21,7 +20,7 @@ from .loop import Loss
 from .losses import corners, mask_boxes, pairwise_iou
 from .model import Model
 from .replay import Replay
-from .segmentation import Tracking, decode, decode_loss, jitter, layout
+from .segmentation import LENGTHS, Tracking, decode, decode_loss, jitter, layout
 
 GRAPHS = (
     "vision_encoder",
@@ -119,6 +118,12 @@ def selector_logits(model: Model, box: Tensor, features: Tensor, scores: Tensor)
     return logits
 
 
+def boxes_of(masks: Tensor, objects: Tensor) -> Tensor:
+    """[N, K, 4]: where the objects [N, K] of the answers are visible on the first of the frames [N, T, A, H, W]; zeros for none."""
+    boxes = visible_boxes(masks[:, 0]).gather(1, objects.clamp(min=0)[..., None].expand(-1, -1, 4))
+    return boxes * (objects >= 0)[..., None]
+
+
 def selection_loss(logits: Tensor, boxes: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Whether each proposal is the object.
 
@@ -191,13 +196,12 @@ def loss(model: Model, pool: Pool, clips: int = 64) -> Loss:
         clip, actor = chosen // objects.shape[1], objects.flatten()[chosen].clamp(min=0)
         targets = F.interpolate(masks[clip, :, actor].float(), (size, size), mode="bilinear") > 0.5
         around = jitter(pool, mask_boxes(targets[:, 0])) * size
-        boxes = visible_boxes(masks[:, 0]).gather(1, objects.clamp(min=0)[..., None].expand(-1, -1, 4))
         terms = replay(
             **rows,
             context=seen.context_frames(scenes),
             video=seen.video_frames(scenes),
             frames=grounding(pair.flatten(0, 1), config),
-            truth=boxes * (objects >= 0)[..., None],
+            truth=boxes_of(masks, objects),
             chosen=chosen,
             points=F.pad(around.view(-1, 2, 2), (0, 0, 0, 1)),
             masks=targets,
@@ -209,7 +213,7 @@ def loss(model: Model, pool: Pool, clips: int = 64) -> Loss:
     def of(step: int, progress: float) -> dict[str, Tensor]:
         terms = grounded()
         if step % SEGMENTATION_EVERY == 0:
-            tracked = tracking(segmentation.LENGTHS[-1][1])
+            tracked = tracking(LENGTHS[-1][1])
             terms["track"], terms["_track_last"] = tracked["mask"] + tracked["iou"] + tracked["score"], tracked["_last"]
         return terms
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from ensemble import settings
 
 from .batches import Pool, frame_times, grounding, proposal_image
-from .detection import visible_boxes
-from .joint import prompts_of, propose, selection_loss
+from .joint import boxes_of, prompts_of, propose, selection_loss
 from .language import answer, see
 from .loop import Loss
 from .model import Model
@@ -34,8 +33,7 @@ def loss(model: Model, pool: Pool, clips: int = 16) -> Loss:
             visual = see(model, seen.context_frames(scenes), seen.video_frames(scenes))
             states = answer(model, place, rows["ids"], rows["turns"], rows["positions"], visual)[:, config.video_tokens :]
             _, box = prompts_of(model, place, rows["emitting"], states)
-        truth = visible_boxes(masks[:, 0]).gather(1, rows["objects"].clamp(min=0)[..., None].expand(-1, -1, 4))
-        truth *= (rows["objects"] >= 0)[..., None]
+        truth = boxes_of(masks, rows["objects"]).flatten(0, 1)
         attention, regions = [], []
         for clip in range(clips):  # the graph serves one
             pyramid = [level[clip : clip + 1].float() for level in features]
@@ -44,8 +42,8 @@ def loss(model: Model, pool: Pool, clips: int = 16) -> Loss:
             regions.append(roi)
         logits, roi = torch.cat(attention), torch.cat(regions)
         each = boxes.repeat_interleave(box.shape[1], 0)
-        fused = selection_loss(logits + settings.ROI_FUSION_GAMMA * roi, each, truth.flatten(0, 1))
-        alone = selection_loss(roi, each, truth.flatten(0, 1))
+        fused = selection_loss(logits + settings.ROI_FUSION_GAMMA * roi, each, truth)
+        alone = selection_loss(roi, each, truth)
         return {
             "fused": fused["selection"],
             "roi": 0.3 * alone["selection"],
