@@ -24,7 +24,7 @@ CODE := $(wildcard ensemble/*.py export/*.py export/models/*.py model_repository
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# In eager torch: that is slower than ONNX Runtime, but ready in 4 s instead of 21.
+# In eager torch: slower than ONNX Runtime, but there is nothing to trace before it starts.
 demo: build/nano/torch/built  ## segment a clip through a real Triton server; VIDEO=file PROMPT="..." for your own
 	$(SERVE) build/nano/torch -- $(BIN)/sparrow segment "$(VIDEO)" "$(PROMPT)" $(if $(filter $(DEMO),$(VIDEO)),--sample-fps 8) -o "$(OUT)"
 

@@ -25,7 +25,7 @@ from export.models.proposal_selector import ProposalSelector
 from export.models.vision_encoder import ImageEncoder, VisionEncoder
 
 FEW = 64
-"""Channels below which PyTorch's layer normalisation is slow on a GPU: a block of threads for each row. It took 30 % of a training step."""
+"""Channels below which PyTorch's layer normalisation is slow on a GPU: a block of threads for each row."""
 
 
 def standardise(x: Tensor, axis: int, eps: float) -> Tensor:
