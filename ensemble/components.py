@@ -194,14 +194,11 @@ def components(config: ModelConfig) -> dict[str, Component]:
                     "memory_rows",
                     "int64",
                     (TRACKED_OBJECTS, MEMORIES),
-                    "Temporal row of each map: 6 conditioning, d-1 for d frames ago, -1 absent.",
+                    "Temporal row of each map: 6 conditioning, d-1 for d frames ago.",
                     below=sam2.num_maps,
-                    above=-1,
                 ),
                 TensorSpec("object_pointers", "float32", (TRACKED_OBJECTS, POINTERS, dim), "pointers, any order"),
-                TensorSpec(
-                    "pointer_distances", "int64", (TRACKED_OBJECTS, POINTERS), "Frames since each pointer was made, -1 absent.", above=-1
-                ),
+                TensorSpec("pointer_distances", "int64", (TRACKED_OBJECTS, POINTERS), "Frames since each pointer was made."),
             ),
             (
                 TensorSpec(

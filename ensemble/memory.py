@@ -62,14 +62,14 @@ class MemoryBank:
         """Next frame."""
 
     @property
-    def num_maps(self) -> int:
-        """Slots of the map bank in use."""
-        return min(self.frame_idx, len(self._maps))
+    def age(self) -> int:
+        """Frames remembered, up to where every slot is in use: banks of one age fill the same slots."""
+        return min(self.frame_idx, max(len(self._maps), len(self._pointers)))
 
     @property
     def maps(self) -> DeviceArray:
         """[M, C, g, g]: the slots in use; M grows to num_maps."""
-        return self._maps[: self.num_maps]
+        return self._maps[: min(self.frame_idx, len(self._maps))]
 
     @property
     def rows(self) -> Array:
@@ -78,14 +78,13 @@ class MemoryBank:
 
     @property
     def pointers(self) -> DeviceArray:
-        """[P, D]: every slot; P is num_pointers."""
-        return self._pointers
+        """[P, D]: the slots in use; P grows to num_pointers."""
+        return self._pointers[: min(self.frame_idx, len(self._pointers))]
 
     @property
     def pointer_distances(self) -> Array:
-        """[P] int64: how many frames before the next one each pointer was made, -1 absent."""
-        distances = slot_distances(self.frame_idx, len(self._pointers))
-        return np.pad(distances, (0, len(self._pointers) - len(distances)), constant_values=-1)
+        """[P] int64: how many frames before the next one each pointer was made."""
+        return slot_distances(self.frame_idx, len(self._pointers))
 
     def append(self, maps: DeviceArray, pointer: DeviceArray) -> None:
         """Stores the frame just tracked over the oldest recent one; arguments as of the class."""

@@ -303,7 +303,7 @@ class Tracker:
         return responses
 
     def _decode(self, chunk: list[Target], features: Mapping[str, DeviceArray]) -> list[Decoded]:
-        """A chunk's masks and memories: its objects all start, or all have equally many memory maps."""
+        """A chunk's masks and memories: its objects all start, or have memories of one age."""
         object_frame = np.array([target.frame for target in chunk], np.int64)
         starts = chunk[0].bank is None
         outputs = self._start(chunk, object_frame, features) if starts else self._continue(chunk, object_frame, features)
@@ -410,12 +410,12 @@ def plan(frame: int, state: TrackState, edits: Edits) -> list[Target]:
 
 
 def chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """The objects that share calls: those that start, or have equally many maps, in powers of two. Calls come in few shapes, and who else
-    is in the step does not change an object's.
+    """The objects that share calls: those that start, or have memories of one age, in powers of two. No call pays for padding or a mask,
+    shapes are few, and who else is in the step does not change an object's.
     """
     groups: dict[int, list[Target]] = {}
     for target in targets:
-        groups.setdefault(target.bank.num_maps if target.bank else 0, []).append(target)
+        groups.setdefault(target.bank.age if target.bank else 0, []).append(target)
     for group in groups.values():
         yield from buckets(group)
 

@@ -442,7 +442,7 @@ def proof() -> Iterator[Proof]:
 
 
 def without_pointers(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return inputs | {"pointer_distances": torch.full_like(inputs["pointer_distances"], -1)}
+    return inputs | {name: inputs[name][:, :0] for name in ("object_pointers", "pointer_distances")}
 
 
 def with_temporal_rows_swapped(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -50,13 +50,13 @@ class Checked:
 
 
 class SmoothAttention:
-    """Adds the present maps and pointers, each weighted by its temporal row or its distance."""
+    """Adds the maps and pointers, each weighted by its temporal row or its distance."""
 
     def run(self, inputs):
         rows, distances = inputs["memory_rows"], inputs["pointer_distances"]
-        weights = np.where(rows < 0, 0, 1 / (rows + 2.0))[:, :, None, None, None]
+        weights = (1 / (rows + 2.0))[:, :, None, None, None]
         maps = (weights * inputs["memory_maps"]).sum(1)
-        weights = np.where(distances < 0, 0, 1 / (distances + 2.0))[:, :, None]
+        weights = (1 / (distances + 2.0))[:, :, None]
         pointers = (weights * inputs["object_pointers"]).sum(1)
         past = np.tile(maps, (1, SAM2.width // SAM2.memory_width, 1, 1)) + pointers[:, :, None, None]
         return {"conditioned_embeddings": np.float32(np.tanh(inputs["frame_embeddings"][inputs["object_frame"]] + past))}
@@ -338,7 +338,7 @@ def check_banks(tracker, session_id, tracks):
         bank = banks[id]
         maps = dict(zip(bank.rows.tolist(), tracker._device.host(bank.maps), strict=True))
         pointers = zip(bank.pointer_distances.tolist(), tracker._device.host(bank.pointers), strict=True)
-        check_memory(maps, {ago: pointer for ago, pointer in pointers if ago >= 0}, track)
+        check_memory(maps, dict(pointers), track)
 
 
 def check_memory(maps, pointers, track):
@@ -376,7 +376,7 @@ def test_long_session_equals_the_reference_when_both_rings_have_turned(tracker, 
 
 
 def test_memories_are_given_with_their_rows_and_distances_to_the_objects_of_each_frame(tracker, graphs):
-    sessions = {1: (9, text(2)), 2: (7, boxes(0)), 3: (20, boxes(0, 1, 0)), 4: (4, text(1))}  # age, objects
+    sessions = {1: (19, text(2)), 2: (16, boxes(0)), 3: (20, boxes(0, 1, 0)), 4: (4, text(1))}  # age, objects
     tracks = {session: slow_tracks(graphs, objects) for session, (_, objects) in sessions.items()}
     for session, (age, objects) in sessions.items():
         for frame_idx in range(age):
@@ -388,7 +388,7 @@ def test_memories_are_given_with_their_rows_and_distances_to_the_objects_of_each
     tracker.step([request(session, 50 + session) for session in order])
 
     given = [(call, index) for call in graphs["memory_attention"].calls for index in range(len(call["object_frame"]))]
-    # Sessions 1 to 3 have full banks of maps and share calls of 4 and 1 objects; session 4 has 4 maps.
+    # Sessions 1 to 3 have full banks and share calls of 4 and 1 objects; session 4 has 4 memories.
     expected = [(frame, track) for frame, session in enumerate(order) for track in tracks[session].values()]
     assert [len(call["object_frame"]) for call in graphs["memory_attention"].calls] == [4, 1, 1]
     for (call, index), (frame, track) in zip(given, expected, strict=True):
@@ -396,7 +396,7 @@ def test_memories_are_given_with_their_rows_and_distances_to_the_objects_of_each
         np.testing.assert_array_equal(call["frame_embeddings"][frame], features(50 + order[frame])["frame_embeddings"])
         maps = {int(row): call["memory_maps"][index, slot] for slot, row in enumerate(call["memory_rows"][index])}
         ages = enumerate(call["pointer_distances"][index])
-        check_memory(maps, {int(ago): call["object_pointers"][index, slot] for slot, ago in ages if ago >= 0}, track)
+        check_memory(maps, {int(ago): call["object_pointers"][index, slot] for slot, ago in ages}, track)
 
 
 def check_interleaved(graphs, rng, device):

@@ -56,13 +56,13 @@ class MemoryAttention(Graph):
         object_pointers: Tensor,
         pointer_distances: Tensor,
     ) -> Tensor:
-        """Contract `memory_attention`: conditioned_embeddings; finite, but without meaning, for an object without memory."""
+        """Contract `memory_attention`: conditioned_embeddings."""
         sam2 = self.config.sam2
         frames = frame_embeddings.flatten(2).transpose(1, 2)  # [T, C, g, g] -> [T, g * g, C]
         x = (frames + FRAME_POSITION_SCALE * self.frame_positions)[object_frame]  # [T, g * g, C] -> [O, g * g, C]
 
         maps = memory_maps.flatten(3).transpose(2, 3)  # [O, M, C, g, g] -> [O, M, g * g, C]
-        temporal = self.maskmem_tpos_enc.flatten(1)[memory_rows.clamp(min=0)]  # [O, M] -> [O, M, C]
+        temporal = self.maskmem_tpos_enc.flatten(1)[memory_rows]  # [O, M] -> [O, M, C]
         map_keys = maps + self.map_positions + temporal[:, :, None]
         objects, tokens = object_pointers.shape[0], sam2.width // sam2.memory_width
         pointers = object_pointers.reshape(objects, -1, sam2.memory_width)  # [O, P, width] -> [O, P * tokens, C]
@@ -73,14 +73,8 @@ class MemoryAttention(Graph):
             positions = self.obj_ptr_tpos_proj(torch.cat([angles.sin(), angles.cos()], -1))  # -> [O, P, C]
             pointer_keys = pointers + positions.repeat_interleave(tokens, 1)  # [O, P, C] -> [O, P * tokens, C]
 
-        map_present = (memory_rows >= 0).repeat_interleave(sam2.grid**2, 1)  # [O, M] -> [O, M * g * g]
-        token_present = (pointer_distances >= 0).repeat_interleave(tokens, 1)  # [O, P] -> [O, P * tokens]
-        present = torch.cat([map_present, token_present], 1)  # [O, K]
-        # A softmax over no key at all would be NaN.
-        mask = (present | ~present.any(1, keepdim=True))[:, None, None]  # [O, K] -> [O, 1, 1, K]
-
         for layer in self.layers:
-            x = layer(x, map_keys, pointer_keys, values, mask, self.rope_cos, self.rope_sin)
+            x = layer(x, map_keys, pointer_keys, values, self.rope_cos, self.rope_sin)
         conditioned: Tensor = self.norm(x).transpose(1, 2)  # [O, g * g, C] -> [O, C, g * g]
         return conditioned.reshape(-1, sam2.width, sam2.grid, sam2.grid)
 
@@ -97,7 +91,7 @@ class MemoryLayer(nn.Module):
         self.linear2 = nn.Linear(sam2.memory_mlp_width, width)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
-    def forward(self, x: Tensor, map_keys: Tensor, pointer_keys: Tensor, values: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, map_keys: Tensor, pointer_keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         attn, normal = self.self_attn, self.norm1(x)
         q, k = rotate(attn.q_proj(normal), cos, sin), rotate(attn.k_proj(normal), cos, sin)
         x = x + attn.attend(q, k, attn.v_proj(normal))
@@ -105,7 +99,7 @@ class MemoryLayer(nn.Module):
         attn, normal = self.cross_attn_image, self.norm2(x)
         map_k = rotate(attn.k_proj(map_keys), cos, sin).flatten(1, 2)  # [O, M, g * g, C] -> [O, M * g * g, C]
         k = torch.cat([map_k, attn.k_proj(pointer_keys)], 1)  # [O, K, C]
-        x = x + attn.attend(rotate(attn.q_proj(normal), cos, sin), k, attn.v_proj(values), mask)
+        x = x + attn.attend(rotate(attn.q_proj(normal), cos, sin), k, attn.v_proj(values))
 
         out: Tensor = x + self.linear2(F.relu(self.linear1(self.norm3(x))))
         return out
