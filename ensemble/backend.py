@@ -26,21 +26,26 @@ from .errors import SparrowError, from_wire, known, to_wire
 from .graph import parts
 from .metrics import Metric, Metrics
 from .pipeline import Pipeline
-from .runner import Graph, Parameters, SequenceRequest, Session, Stateful
+from .runner import Device, DeviceArray, Graph, Host, Parameters, SequenceRequest, Session, Stateful
 from .tensors import Arrays
 from .tokenizer import Tokenizer
 
 
-def read_inputs(request: Any) -> Arrays:
-    """Inputs of a request by name, as copies."""
-    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+def read_inputs(request: Any, device: Device | None = None) -> dict[str, DeviceArray]:
+    """Inputs of a request by name, as copies; on the device those that are on a GPU."""
+    device = device or Host()
+    return {tensor.name(): device.adopt(tensor) for tensor in request.inputs()}
 
 
-def to_tensors(arrays: Arrays) -> list[Any]:
-    return [pb_utils.Tensor(name, array) for name, array in arrays.items()]
+def to_tensors(arrays: Mapping[str, DeviceArray]) -> list[Any]:
+    """What is on a GPU stays there: Triton hands it on to models that take it so, and copies it for everybody else."""
+    return [
+        pb_utils.Tensor(name, array) if isinstance(array, np.ndarray) else pb_utils.Tensor.from_dlpack(name, array)
+        for name, array in arrays.items()
+    ]
 
 
-def to_response(result: Arrays | SparrowError) -> Any:
+def to_response(result: Mapping[str, DeviceArray] | SparrowError) -> Any:
     """A response, or the error of the request under its status code."""
     if isinstance(result, SparrowError):
         return to_error(result, to_wire(result))
@@ -73,15 +78,21 @@ class Model:
         self.settings = {key: value["string_value"] for key, value in parameters.items()}
 
 
+OpenGraphs = Callable[[dict[str, str], Path, Sequence[str], ModelConfig], dict[str, Graph]]
+"""Settings, folder, components and sizes to loaded graphs."""
+
+
 class GraphModel(Model):
     """Serves one exported graph; several requests run together."""
 
-    open_graph: Callable[[dict[str, str], Path, str, ModelConfig], Graph]
-    """Settings, folder, component and sizes to a loaded graph."""
+    open_graphs: OpenGraphs
+    open_device: Callable[[dict[str, str]], Device]
+    """Settings to where the graph takes and leaves its arrays."""
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
-        self.graph = self.open_graph(self.settings, self.folder, self.name, self.config)
+        self.device = self.open_device(self.settings)
+        self.graph = self.open_graphs(self.settings, self.folder, [self.name], self.config)[self.name]
 
     def execute(self, requests: list[Any]) -> list[Any]:
         inputs = [read_inputs(request) for request in requests]
@@ -89,13 +100,19 @@ class GraphModel(Model):
         outputs = self._run({name: np.concatenate([arrays[name] for arrays in inputs]) for name in inputs[0]})
         if isinstance(outputs, SparrowError):
             return [to_response(outputs) for _ in requests]
-        bounds = np.cumsum(sizes)[:-1]
-        parts = {name: np.split(array, bounds) for name, array in outputs.items()}
-        return [to_response({name: part[index] for name, part in parts.items()}) for index in range(len(requests))]
+        stops = np.cumsum(sizes).tolist()
+        return [
+            to_response({name: array[stop - size : stop] for name, array in outputs.items()})
+            for size, stop in zip(sizes, stops, strict=True)
+        ]
 
-    def _run(self, inputs: Arrays) -> Arrays | SparrowError:
+    def _run(self, inputs: Arrays) -> Mapping[str, DeviceArray] | SparrowError:
         try:
-            return self.graph.run(inputs)
+            if not self.device.on_gpu:
+                return self.graph.run(inputs)
+            outputs = self.device.run(self.graph, inputs)
+            self.device.wait()
+            return outputs
         except Exception as error:
             return known(self.name, error)
 
@@ -119,6 +136,8 @@ class SequenceModel(Model):
     """Serves a component with state; steps of several sequences run together."""
 
     server: Stateful
+    device: Device = Host()
+    """Where it takes inputs that are on a GPU."""
 
     triton_idle_s: float
     """Seconds without a request after which Triton forgets a sequence."""
@@ -164,7 +183,7 @@ class SequenceModel(Model):
         flags = request.flags()
         return SequenceRequest(
             session_id=request.correlation_id(),
-            inputs=strip_batch(read_inputs(request)),
+            inputs=strip_batch(read_inputs(request, self.device)),
             start=bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START),
             end=bool(flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END),
             cancelled=request.is_cancelled(),
@@ -175,14 +194,15 @@ class SequenceModel(Model):
 class StreamModel(Model):
     """Serves the pipeline: many responses to one request, several requests at once."""
 
-    open_graphs: Callable[[dict[str, str], Path, Sequence[str], ModelConfig], dict[str, Graph]]
-    """Settings, folder, components and sizes to loaded graphs."""
+    open_graphs: OpenGraphs
+    open_device: Callable[[dict[str, str]], Device]
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
         names = [part.name for part in parts(components(self.config), self.name)]
         graphs = self.open_graphs(self.settings, self.folder, names, self.config)
-        self._pipeline = Pipeline(self.config, Tokenizer(self.folder), BlsRunner(self.config, graphs))
+        runner = BlsRunner(self.config, graphs, self.open_device(self.settings))
+        self._pipeline = Pipeline(self.config, Tokenizer(self.folder), runner)
         self._pool = ThreadPoolExecutor(settings.MAX_REQUESTS, thread_name_prefix=self.name)
 
     def execute(self, requests: list[Any]) -> None:
@@ -219,11 +239,15 @@ class BlsRunner:
     Args:
         config: sizes of the model.
         graphs: those in this process; one call of each at a time, since requests would share its memory on a GPU.
+        device: of the graphs; what comes from a GPU stays there.
     """
 
-    def __init__(self, config: ModelConfig, graphs: Mapping[str, Graph]) -> None:
-        self._outputs = {name: [spec.name for spec in component.outputs] for name, component in components(config).items()}
-        self._graphs = graphs
+    def __init__(self, config: ModelConfig, graphs: Mapping[str, Graph], device: Device) -> None:
+        contracts = components(config)
+        self._outputs = {name: [spec.name for spec in component.outputs] for name, component in contracts.items()}
+        # Only graphs leave their outputs on the GPU.
+        self._gpu_memory = {name for name, component in contracts.items() if component.is_graph and device.on_gpu}
+        self._graphs, self._device = graphs, device
         self._locks: defaultdict[str, Lock] = defaultdict(Lock)
 
     def run(self, component: str, inputs: Arrays) -> Arrays:
@@ -242,13 +266,15 @@ class BlsRunner:
         return Session(component, secrets.randbits(63) | 1, parameters, send)
 
     def _exec(self, component: str, inputs: Arrays, **sequence: Any) -> Arrays:
+        if component in self._gpu_memory:
+            sequence["preferred_memory"] = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, 0)
         request = pb_utils.InferenceRequest(
             model_name=component, requested_output_names=self._outputs[component], inputs=to_tensors(inputs), **sequence
         )
         response = request.exec()
         if response.has_error():
             raise from_wire(response.error().message())
-        return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+        return {tensor.name(): self._device.adopt(tensor) for tensor in response.output_tensors()}
 
 
 class TritonMetrics:
@@ -282,11 +308,11 @@ class TritonMetrics:
                 self._figures[metric, ""].observe(value)
 
 
-def add_batch(arrays: Arrays) -> Arrays:
+def add_batch(arrays: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
     """[...] -> [1, ...]"""
     return {name: array[None] for name, array in arrays.items()}
 
 
-def strip_batch(arrays: Arrays) -> Arrays:
+def strip_batch(arrays: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
     """[1, ...] -> [...]"""
     return {name: array[0] for name, array in arrays.items()}

@@ -78,6 +78,13 @@ def components(config: ModelConfig) -> dict[str, Component]:
         TensorSpec("high_res_1", "float32", (FRAMES, dim // 4, 2 * grid, 2 * grid), "stride-8 features, after conv_s1"),
         TensorSpec("high_res_0", "float32", (FRAMES, dim // 8, 4 * grid, 4 * grid), "stride-4 features, after conv_s0"),
     )
+    picture = TensorSpec(
+        "picture",
+        "uint8",
+        (sam2.image_size, sam2.image_size, 3),
+        "RGB, its long side resized to the square's; what lies beyond is not read",
+    )
+    picture_size = TensorSpec("picture_size", "int64", (2,), "Height and width of the picture, which lies at the top left.")
     one_frame = tuple(TensorSpec(spec.name, spec.dtype, (1, *spec.shape[1:]), spec.doc) for spec in frame_tensors)
     proposals = (
         TensorSpec("proposal_boxes", "float32", (PROPOSALS, 4), "xyxy, normalised, not clamped"),
@@ -167,7 +174,10 @@ def components(config: ModelConfig) -> dict[str, Component]:
         Component(
             "frame_encoder",
             "SAM2 image encoder: one encode serves every prompt and object of a frame (spec 6.1).",
-            (TensorSpec("grounding_frames", "float32", (FRAMES, 3, sam2.image_size, sam2.image_size), "SAM-normalised"),),
+            (
+                TensorSpec("pictures", "uint8", (FRAMES, *picture.shape), picture.doc),
+                TensorSpec("picture_sizes", "int64", (FRAMES, 2), picture_size.doc, below=sam2.image_size + 1, above=1),
+            ),
             frame_tensors,
             serving="batched_graph",
         ),
@@ -372,7 +382,8 @@ def components(config: ModelConfig) -> dict[str, Component]:
             "A caller's frame to the encoder's input (spec 1.2).",
             (session_frame,),
             (
-                TensorSpec("grounding_frames", "float32", (3, sam2.image_size, sam2.image_size), "SAM-normalised"),
+                TensorSpec("pictures", picture.dtype, picture.shape, picture.doc),
+                TensorSpec("picture_sizes", picture_size.dtype, picture_size.shape, picture_size.doc),
                 frame_size,
             ),
             serving="function",

@@ -85,8 +85,31 @@ def video_frame(frame: Array, config: ModelConfig) -> Array:
     return normalise(resized / 255.0, settings.IMAGENET_MEAN, settings.IMAGENET_STD).astype(np.float32)
 
 
+def picture(frame: Array, config: ModelConfig) -> Array:
+    """Antialiased bilinear resize of the long side on uint8: [H, W, 3] -> [h, w, 3], the longer of h and w is config.sam2.image_size."""
+    height, width = frame.shape[:2]
+    scale = config.sam2.image_size / max(height, width)
+    return np.asarray(Image.fromarray(frame).resize((int(width * scale + 0.5), int(height * scale + 0.5)), Image.Resampling.BILINEAR))
+
+
+def encoder_frame(frame: Array, config: ModelConfig) -> Arrays:
+    """Input of frame_encoder, which does the rest of `grounding_frame` itself.
+
+    Args:
+        frame: [H, W, 3] uint8 RGB.
+    Returns:
+        pictures: [S, S, 3] uint8, S = config.sam2.image_size, `picture` at the top left.
+        picture_sizes: [2] int64, its height and width.
+    """
+    resized = picture(frame, config)
+    height, width = resized.shape[:2]
+    square = np.zeros((config.sam2.image_size, config.sam2.image_size, 3), np.uint8)
+    square[:height, :width] = resized
+    return {"pictures": square, "picture_sizes": np.array([height, width])}
+
+
 def grounding_frame(frame: Array, config: ModelConfig) -> Array:
-    """SAM2 input: antialiased bilinear resize of the long side on uint8, normalise, bilinear stretch to a square.
+    """What SAM2 sees: `picture`, normalised, then stretched bilinearly to a square.
 
     Args:
         frame: [H, W, 3] uint8 RGB.
@@ -94,10 +117,7 @@ def grounding_frame(frame: Array, config: ModelConfig) -> Array:
         [3, S, S] float32, S = config.sam2.image_size.
     """
     size = config.sam2.image_size
-    height, width = frame.shape[:2]
-    scale = size / max(height, width)
-    resized = Image.fromarray(frame).resize((int(width * scale + 0.5), int(height * scale + 0.5)), Image.Resampling.BILINEAR)
-    normal = normalise(np.asarray(resized, np.float32), settings.SAM_MEAN, settings.SAM_STD)
+    normal = normalise(picture(frame, config).astype(np.float32), settings.SAM_MEAN, settings.SAM_STD)
     return stretch(stretch(normal, 1, size), 2, size)
 
 
@@ -109,12 +129,11 @@ def session_frame(inputs: Arrays, config: ModelConfig) -> Arrays:
     """
     frame = inputs["frame"]
     height, width = frame.shape[:2]
-    size = config.sam2.image_size
-    grounding = np.zeros((3, size, size), np.float32)
     if height or width:
         check_frame_size(height, width, "sparrow_track.frame")
-        grounding = grounding_frame(frame, config)
-    return {"grounding_frames": grounding, "frame_size": np.array([height, width], np.int32)}
+    else:
+        frame = np.zeros((1, 1, 3), np.uint8)
+    return {**encoder_frame(frame, config), "frame_size": np.array([height, width], np.int32)}
 
 
 def stretch(x: Array, axis: int, size: int) -> Array:

@@ -154,11 +154,13 @@ class Pipeline:
             with ThreadPoolExecutor(settings.FRAMES_AHEAD, thread_name_prefix="sparrow") as pool:
                 # Frames and proposals do not depend on the text: they are computed while the language model runs.
                 encoded = FrameFeatures(self, clip, pool, timings)
-                proposals = pool.submit(self._proposals, encoded, options, timings) if options.detection_guidance else None
+                proposals = pool.submit(self._proposals, clip, options, timings) if options.detection_guidance else None
                 try:
                     answer = yield from self._generate(ids, inputs, clip, options, timings)
                     if options.proposal_debug:
-                        yield debug_response(encoded.first_grounding.result(), proposals.result() if proposals else NO_PROPOSALS)
+                        yield debug_response(
+                            preprocess.grounding_frame(clip.frames[0], self.config), proposals.result() if proposals else NO_PROPOSALS
+                        )
                     if answer.seg:
                         yield from self._masks(clip, answer, encoded, proposals, options, timings)
                 finally:
@@ -216,10 +218,10 @@ class Pipeline:
         context = np.stack([preprocess.context_frame(picture, self.config) for picture in pictures])
         return self.runner.run("image_encoder", {"context_frames": context})["image_tokens"]
 
-    def _proposals(self, encoded: FrameFeatures, options: Options, timings: Timings) -> Arrays:
+    def _proposals(self, clip: Clip, options: Options, timings: Timings) -> Arrays:
         """Boxes of frame 0."""
         with timings.stage("proposals"):
-            picture = preprocess.proposal_image(encoded.first_grounding.result(), self.config)
+            picture = preprocess.proposal_image(preprocess.grounding_frame(clip.frames[0], self.config), self.config)
             detected = self.runner.run("proposal_detector", {"proposal_image": preprocess.proposal_frame(picture)})
             return selection.rank(detected, options.proposal_topk, options.coco_score_power, options.sa1b_score_power)
 
@@ -370,8 +372,6 @@ class FrameFeatures:
 
     def __init__(self, pipeline: Pipeline, clip: Clip, pool: ThreadPoolExecutor, timings: Timings) -> None:
         self._pipeline, self._clip, self._pool, self._timings = pipeline, clip, pool, timings
-        self.first_grounding: Future[Array] = pool.submit(self._ground, 0)
-        """[3, S, S] float32: the encoder's input for frame 0, which the proposer sees too."""
         self._futures: dict[int, Future[Arrays]] = {0: pool.submit(self._encode, 0)}
 
     def __getitem__(self, index: int) -> Arrays:
@@ -388,18 +388,14 @@ class FrameFeatures:
 
     def cancel(self) -> None:
         """Drops what nobody will read."""
-        self.first_grounding.cancel()
         for future in self._futures.values():
             future.cancel()
 
-    def _ground(self, index: int) -> Array:
-        with self._timings.stage("preprocess"):
-            return preprocess.grounding_frame(self._clip.frames[index], self._pipeline.config)
-
     def _encode(self, index: int) -> Arrays:
-        grounding = self.first_grounding.result() if index == 0 else self._ground(index)
+        with self._timings.stage("preprocess"):
+            frame = preprocess.encoder_frame(self._clip.frames[index], self._pipeline.config)
         with self._timings.stage("encode"):
-            return self._pipeline.runner.run("frame_encoder", {"grounding_frames": grounding[None]})
+            return self._pipeline.runner.run("frame_encoder", {name: array[None] for name, array in frame.items()})
 
 
 NO_PROPOSALS: Arrays = {"proposal_boxes": np.zeros((0, 4), np.float32), "proposal_scores": np.zeros(0, np.float32)}

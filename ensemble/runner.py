@@ -105,6 +105,10 @@ DeviceArray = Any
 class Device(Protocol):
     """Where graphs run and memories stay."""
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its arrays lie in the memory of a GPU."""
+
     def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
         """A new array; dtype is float32 or bfloat16."""
 
@@ -115,7 +119,13 @@ class Device(Protocol):
         """A NumPy array on the device; what is there already stays."""
 
     def stack(self, arrays: Sequence[DeviceArray]) -> DeviceArray:
-        """[n, ...] float32."""
+        """[n, ...] float32 of n arrays, of NumPy's or on the device."""
+
+    def adopt(self, tensor: Any) -> DeviceArray:
+        """A tensor of Triton's, as NumPy has it or copied from GPU to GPU; the copy has been made when this returns."""
+
+    def wait(self) -> None:
+        """Returns when all that was computed is there, for another process to read."""
 
     def run(self, graph: Graph, inputs: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
         """`Graph.run` without leaving the device."""
@@ -131,6 +141,8 @@ class Device(Protocol):
 class Host:
     """The device of graphs that take and return NumPy arrays."""
 
+    on_gpu = False
+
     def zeros(self, shape: Sequence[int], dtype: str) -> Array:
         return np.zeros(shape, np.float32)  # NumPy has no bfloat16
 
@@ -142,6 +154,13 @@ class Host:
 
     def stack(self, arrays: Sequence[Array]) -> Array:
         return np.stack(arrays)
+
+    def adopt(self, tensor: Any) -> Array:
+        array: Array = tensor.as_numpy()
+        return array
+
+    def wait(self) -> None:
+        pass
 
     def run(self, graph: Graph, inputs: Mapping[str, Array]) -> Arrays:
         return graph.run(dict(inputs))

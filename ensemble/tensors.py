@@ -237,7 +237,7 @@ class Component:
             return InvalidInput(f"{self.name}.{spec.name}: got {got}, expected {expected}. {advice}")
 
         fixed = [isinstance(size, Dim) or size == got for size, got in zip(spec.shape, array.shape, strict=False)]
-        if array.dtype != spec.numpy_dtype or array.ndim != len(spec.shape) or not all(fixed):
+        if kind_of(array) != spec.numpy_dtype or array.ndim != len(spec.shape) or not all(fixed):
             raise mismatch(spec, spec.doc)
         for size, got in zip(spec.shape, array.shape, strict=True):
             if not isinstance(size, Dim):
@@ -247,3 +247,8 @@ class Component:
             bound, by = sizes.setdefault(size.name, (got, spec.name))
             if bound != got:
                 raise mismatch(f"{size.name} = {bound} as in {by}", f"Send the same number of {size.name} in both.")
+
+
+def kind_of(array: Any) -> np.dtype[Any]:
+    """The dtype of an array, or of a tensor on a GPU in NumPy's words."""
+    return array.dtype if isinstance(array, np.ndarray) else np.dtype(str(array.dtype).removeprefix("torch."))

@@ -275,7 +275,7 @@ class Tracker:
         targets = [target for frame in frames for target in frame.targets]
         self.metrics.observe(metrics.STEP_FRAMES, len(frames))
         self.metrics.observe(metrics.STEP_OBJECTS, len(targets))
-        features = {name: self._device.put(np.stack([frame.request.inputs[name] for frame in frames])) for name in FRAME_TENSORS}
+        features = {name: self._device.stack([frame.request.inputs[name] for frame in frames]) for name in FRAME_TENSORS}
         decoded: dict[tuple[int, int], Decoded] = {}
         for chunk in chunks(targets):
             results = self._decode(chunk, features)

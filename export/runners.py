@@ -18,6 +18,7 @@ from ensemble.generation import Decoder
 from ensemble.runner import Device, Graph, Host
 from ensemble.tensors import Array, Arrays
 
+from .capture import Captured
 from .manifest import check
 from .quantize import quantize
 
@@ -106,6 +107,10 @@ class TorchDevice:
     def __init__(self) -> None:
         self.name = torch_device()
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.name == "cuda"
+
     def zeros(self, shape: Sequence[int], dtype: str) -> Tensor:
         import torch
 
@@ -124,7 +129,22 @@ class TorchDevice:
     def stack(self, arrays: Sequence[Tensor]) -> Tensor:
         import torch
 
-        return torch.stack(list(arrays)).float()
+        return torch.stack([self.put(array) for array in arrays]).float()
+
+    def adopt(self, tensor: Any) -> Array | Tensor:
+        import torch
+
+        if tensor.is_cpu():
+            return Host().adopt(tensor)
+        own: Tensor = torch.utils.dlpack.from_dlpack(tensor.to_dlpack()).clone()
+        self.wait()
+        return own
+
+    def wait(self) -> None:
+        import torch
+
+        if self.on_gpu:
+            torch.cuda.current_stream().synchronize()
 
     def run(self, graph: Graph, inputs: Mapping[str, Array | Tensor]) -> dict[str, Tensor]:
         assert isinstance(graph, TensorGraph)
@@ -140,7 +160,7 @@ class TorchDevice:
     def timed(self) -> Iterator[Callable[[], float]]:
         import torch
 
-        if self.name == "cpu":
+        if not self.on_gpu:
             with Host().timed() as elapsed:
                 yield elapsed
             return
@@ -172,12 +192,14 @@ class TorchPlace:
 
         with torch.inference_mode(), torch.autocast(self.device.name, self.dtype, enabled=self.dtype != torch.float32):
             yield
-        if self.device.name == "cuda" and torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > IDLE_CACHE_BYTES:
-            torch.cuda.empty_cache()
+        if self.device.on_gpu and not torch.cuda.is_current_stream_capturing():
+            idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - Captured.pool_bytes
+            if idle > IDLE_CACHE_BYTES:
+                torch.cuda.empty_cache()
 
 
 class TensorGraph:
-    """A graph that takes and returns tensors on this process's device.
+    """A graph that takes and returns tensors on this process's device; on a GPU it is captured.
 
     Args:
         component: its name.
@@ -186,19 +208,22 @@ class TensorGraph:
     """
 
     def __init__(self, component: str, config: ModelConfig, call: Callable[..., Tensor | Sequence[Tensor]]) -> None:
+        from .models import graph_class
+
         contract = components(config)[component]
         self._inputs = [spec.name for spec in contract.inputs]
         self._outputs = [spec.name for spec in contract.outputs]
-        self._device, self._call = TorchDevice(), call
+        self._device, self.call = TorchDevice(), call
+        self._captured = Captured(call) if self._device.on_gpu and graph_class(component).capturable else call
 
     def run(self, inputs: Arrays) -> Arrays:
         return {name: self._device.host(tensor) for name, tensor in self._device.run(self, inputs).items()}
 
     def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs and outputs on the device; floats as float32."""
-        outputs = self._call(*(inputs[name] for name in self._inputs))
-        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        tensors = zip(self._outputs, outputs, strict=True)
+        from .models.layers import several
+
+        tensors = zip(self._outputs, several(self._captured(*(inputs[name] for name in self._inputs))), strict=True)
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
 
 
@@ -236,7 +261,8 @@ class AotiGraph(TensorGraph):
 
         from .models import roi_align  # noqa: F401 (packages call the operator that it registers)
 
-        super().__init__(component, config, aoti_load_package(str(path)))
+        # Packages with locks of their own cannot be captured.
+        super().__init__(component, config, aoti_load_package(str(path), run_single_threaded=torch_device() == "cuda"))
 
 
 class DecoderEnds:
@@ -298,46 +324,78 @@ class GraphDecoder(DecoderEnds):
 
 
 class TorchDecoder(DecoderEnds):
-    """The language model in torch over a cache that is written in place.
+    """The language model in torch over a cache that is written in place; on a GPU a step of all answers is one captured launch.
 
     Args:
         decoder: its weights and sizes.
         embedder, projector: graphs of token_embedder and prompt_projector.
         precision: one of PRECISIONS; of the cache too.
+        layer: a compiled layer of a step (`export.to_aoti.DecodeLayer`); the module's own where not given.
     """
 
-    def __init__(self, decoder: LanguageDecoder, embedder: Graph, projector: Graph, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        decoder: LanguageDecoder,
+        embedder: Graph,
+        projector: Graph,
+        precision: str = "float32",
+        layer: Callable[..., Tensor | Sequence[Tensor]] | None = None,
+    ) -> None:
+        from .models.language_model import ring_slots
+
         super().__init__(embedder, projector)
-        self._decoder, self._place = decoder, TorchPlace(decoder, precision)
+        self._decoder, self._place, self._layer = decoder, TorchPlace(decoder, precision), layer
         self._lengths = np.zeros(settings.MAX_GENERATIONS, np.int64)
+        self._ring = ring_slots(decoder.config)
         self._keys, self._values = self._empty(0, 0), self._empty(0, 0)
+        self._forget()
 
     def prefill(self, slot: int, embeddings: Array) -> tuple[Array, Array]:
         self._reserve(slot + 1, len(embeddings))
-        logits, states = self._append(slot, embeddings[None], np.arange(len(embeddings))[None])
+        rows = slice(slot, slot + 1)
+        with self._place.inference():
+            tensors = self._decoder.prefill_(self._place.device.put(embeddings[None]), self._keys[:, rows], self._values[:, rows])
         self._lengths[slot] = len(embeddings)
+        logits, states = map(self._place.device.host, tensors)
         return logits[0], states[0]
 
     def decode(self, slots: list[int], token_ids: list[int]) -> tuple[Array, Array]:
-        # All slots in the range run, so that the cache needs no gathering. What an idle one writes behind its last token is
-        # overwritten by its own next token before anybody reads it.
-        low, high = min(slots), max(slots) + 1
-        self._reserve(high, int(self._lengths[slots].max()) + 1)
-        rows = [slot - low for slot in slots]
-        embeddings = np.zeros((high - low, 1, self._decoder.config.language.width), np.float32)
-        embeddings[rows, 0] = self.embed(token_ids)
-        positions = np.minimum(self._lengths[low:high], self._keys.shape[3] - 1)[:, None]
-        logits, states = self._append(low, embeddings, positions)
+        # All slots up to the highest run, in few sizes, so that the cache needs no gathering and a step can be captured. What an idle
+        # one writes behind its last token is overwritten by its own next token before anybody reads it.
+        count = 1 << max(slots).bit_length()
+        self._reserve(count, int(self._lengths[slots].max()) + 1)
+        ids = np.zeros(count, np.int64)
+        ids[slots] = token_ids
+        with self._place.inference():
+            logits, states = map(
+                self._place.device.host, self._step(self._place.device.put(ids), self._place.device.put(self._lengths[:count]))
+            )
         self._lengths[slots] += 1
-        return logits[rows], states[rows]
+        return logits[slots], states[slots]
+
+    def _forget(self) -> None:
+        """Captured steps write to the cache that they were captured with."""
+        self._step: Callable[[Tensor, Tensor], Sequence[Tensor]] = (
+            Captured(self._run) if self._place.device.on_gpu else lambda *tensors: self._run(*tensors)
+        )
+
+    def _run(self, token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """One more token [n] behind each of the first n answers, of their lengths [n]: logits [n, V] and final-norm states [n, H]."""
+        assert isinstance(self._embedder, TensorGraph)
+        embeddings: Any = self._embedder.call(token_ids)
+        caches = self._keys[:, : len(lengths)], self._values[:, : len(lengths)]
+        with self._place.inference():
+            return self._decoder.decode_(embeddings.float()[:, None], lengths[:, None], *caches, self._layer)
 
     def _reserve(self, slots: int, positions: int) -> None:
-        """Lets the cache grow to as many answers and positions as there ever were at once."""
+        """Lets the cache grow to as many answers and positions as there ever were at once; on a GPU an answer has all of its positions."""
         _, had_slots, _, had_positions, _ = self._keys.shape
+        positions = min(self._ring, self._ring if self._place.device.on_gpu else positions)
         if slots <= had_slots and positions <= had_positions:
             return
         steps = -(-max(positions, had_positions) // POSITIONS_STEP)
-        size = max(slots, had_slots), min(steps * POSITIONS_STEP, self._decoder.config.max_sequence)
+        size = max(slots, had_slots), min(steps * POSITIONS_STEP, self._ring)
+        self._forget()
         for name in ("_keys", "_values"):  # one after the other: the old one is freed before the next is made
             larger = self._empty(*size)
             larger[:, :had_slots, :, :had_positions] = getattr(self, name)
@@ -350,14 +408,6 @@ class TorchDecoder(DecoderEnds):
         language = self._decoder.config.language
         shape = (language.layers, slots, language.heads, positions, language.width // language.heads)
         return torch.zeros(shape, dtype=self._place.dtype, device=self._place.device.name)
-
-    def _append(self, first: int, embeddings: Array, positions: Array) -> tuple[Array, Array]:
-        """New tokens [n, S, H] at their positions [n, S] in the slots from `first` on."""
-        rows, used = slice(first, first + len(embeddings)), int(positions.max()) + 1
-        tensors = self._place.device.put(embeddings), self._place.device.put(positions)
-        with self._place.inference():
-            logits, states = self._decoder.decode_(*tensors, self._keys[:, rows, :, :used], self._values[:, rows, :, :used])
-        return self._place.device.host(logits), self._place.device.host(states)
 
 
 def open_graph(parameters: Mapping[str, str], folder: Path, component: str, config: ModelConfig) -> Graph:
@@ -426,7 +476,11 @@ def open_decoder(parameters: Mapping[str, str], folder: Path, config: ModelConfi
     module: Any = load_module(engine_path(engine, folder, "language_decoder"), "language_decoder", config)
     if bits := QUANTIZATION_BITS[engine.quantization]:
         quantize(module, bits, torch_device())
-    return TorchDecoder(module, embedder, projector, engine.precision)
+    decoder = TorchDecoder(module, embedder, projector, engine.precision)
+    decoder.prefill(0, np.zeros((1, config.language.width), np.float32))
+    for _ in range(2):  # the second is captured
+        decoder.decode([0], [0])
+    return decoder
 
 
 def engine_path(engine: Engine, folder: Path, component: str) -> Path:

@@ -196,7 +196,7 @@ def encoded_frame(case: goldens.Case, frame_idx: int) -> tuple[Tensor, Tensor, T
     key = (case.pack, case.meta["frames"], frame_idx)
     if key not in _encoded:
         grounding = frames.grounding_frame(case.frames[frame_idx], golden_checkpoint(case.pack).config)
-        _encoded[key] = component(case.pack, "frame_encoder")(torch.from_numpy(grounding)[None])
+        _encoded[key] = component(case.pack, "frame_encoder").encode(torch.from_numpy(grounding)[None])
     return _encoded[key]
 
 

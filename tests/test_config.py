@@ -79,7 +79,8 @@ def test_full_contracts_have_the_shapes_of_the_specification():
         "sa1b_scores": (300,),
     }
     assert shapes("frame_encoder") == {
-        "grounding_frames": (-1, 3, 1024, 1024),
+        "pictures": (-1, 1024, 1024, 3),
+        "picture_sizes": (-1, 2),
         "frame_embeddings": (-1, 256, 64, 64),
         "high_res_1": (-1, 64, 128, 128),
         "high_res_0": (-1, 32, 256, 256),

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
-from ensemble.config import HieraConfig
+from ensemble import frames
+from ensemble.config import TINY, HieraConfig
 from export.models.hiera import FeaturePyramid, Hiera
 from tests import goldens, sam2_oracle
 
@@ -14,8 +16,22 @@ def test_frame_encoder_equals_sam2(image_size):
     oracle = sam2_oracle.Oracle(sam2_oracle.config_at(image_size))
     frames = torch.randn(2, 3, image_size, image_size)
     expected = oracle.sam2.forward_image(frames)["backbone_fpn"]
-    for got, want in zip(oracle.build("frame_encoder")(frames), reversed(expected), strict=True):
+    for got, want in zip(oracle.build("frame_encoder").encode(frames), reversed(expected), strict=True):
         torch.testing.assert_close(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize("size", [(480, 854), (854, 480), (64, 64), (9, 400), (3000, 50)])
+def test_picture_is_normalised_and_stretched_in_the_graph_as_the_original_does_it_before(size, monkeypatch):
+    module = sam2_oracle.Oracle(TINY).build("frame_encoder")
+    monkeypatch.setattr(module, "encode", lambda grounding: grounding)
+    frame = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    inputs = frames.encoder_frame(frame, TINY)
+    inputs["pictures"][inputs["picture_sizes"][0] :] = 255  # beyond the picture, where nobody looks
+    inputs["pictures"][:, inputs["picture_sizes"][1] :] = 255
+    got = module(*(torch.from_numpy(array)[None].repeat(2, *[1] * array.ndim) for array in inputs.values()))
+    expected = frames.grounding_frame(frame, TINY)
+    for own in got:
+        np.testing.assert_allclose(own.numpy(), expected, atol=2e-6)  # float32 ulps of values up to 2.7
 
 
 def test_trunk_and_pyramid_equal_sam2_with_the_windows_of_the_smaller_models():

@@ -12,7 +12,7 @@ from ensemble.frames import encoder_indices
 from ensemble.options import Options
 from ensemble.pipeline import Clip, Pipeline
 from ensemble.runner import LocalRunner
-from export.models.language_model import LanguageDecoder
+from export.models.language_model import DecodeLayer, LanguageDecoder
 from export.runners import TorchGraph
 from tests import goldens
 from tests.test_vision_encoder import visual_tokens
@@ -137,6 +137,32 @@ def test_decode_of_several_sequences_equals_each_alone_when_one_row_is_idle():
     logits, states = decoder.decode_(tokens, positions_of(*lengths, 0), *together)
     assert_close(logits[:3], torch.cat([row[0] for row in alone]))
     assert_close(states[:3], torch.cat([row[1] for row in alone]))
+
+
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_prompt_and_answer_in_a_ring_of_slots_equal_one_pass(window):
+    """The prompt is longer than the ring, and the answer goes round it more than once."""
+    decoder, _ = make_pair(window)
+    prompt, answer = 2 * LENGTH, 2 * LENGTH
+    embeddings = torch.randn(2, prompt + answer, decoder.config.language.width)
+    caches = make_caches(decoder, 2, window + 1 if window else prompt + answer, fill=1e4)
+    got = [decoder.prefill_(embeddings[:, :prompt], *caches)]
+    for position in range(prompt, prompt + answer):
+        got.append(decoder.decode_(embeddings[:, position : position + 1], positions_of(position, position), *caches))
+    for length, one in enumerate(got, start=prompt):
+        linear = make_caches(decoder, 2, length)
+        expected = decoder(embeddings[:, :length], positions_of(0, 0, tokens=length), *linear)[:2]
+        for own, wanted in zip(one, expected, strict=True):
+            assert_close(own, wanted)
+
+
+def test_one_compiled_layer_stands_for_all():
+    decoder, _ = make_pair(WINDOW)
+    embeddings, caches = make_embeddings(2, 1), [make_caches(decoder, 2, LENGTH, fill=0.5) for _ in range(2)]
+    expected = decoder.decode_(embeddings, positions_of(3, 5), *caches[0])
+    got = decoder.decode_(embeddings, positions_of(3, 5), *caches[1], DecodeLayer(decoder.layers[0]))
+    for own, wanted in zip((*got, *caches[1]), (*expected, *caches[0]), strict=True):
+        torch.testing.assert_close(own, wanted, rtol=0, atol=0)
 
 
 def test_decoder_ignores_slots_that_no_token_may_see():

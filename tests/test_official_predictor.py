@@ -35,7 +35,8 @@ from ensemble.components import components
 from ensemble.config import FULL, ModelConfig
 from ensemble.runner import Device, Host, SequenceRequest
 from ensemble.tensors import Array, Arrays
-from ensemble.tracker import Tracker
+from ensemble.tracker import FRAME_TENSORS, Tracker
+from export.models.frame_encoder import FrameEncoder
 from export.runners import TensorGraph, TorchDevice, TorchGraph, torch_device
 from tests import sam2_oracle
 
@@ -202,8 +203,17 @@ class Subject:
 
     @cached_property
     def graphs(self) -> dict[str, TorchGraph]:
-        names = ("frame_encoder", *components(self.config)["tracker"].parts)
-        return {name: TorchGraph(self.oracle.build(name), name) for name in names}
+        return {name: TorchGraph(self.oracle.build(name), name) for name in components(self.config)["tracker"].parts}
+
+    @cached_property
+    def encoder(self) -> FrameEncoder:
+        encoder: Any = self.oracle.build("frame_encoder").to(torch_device())
+        return encoder
+
+    def encode(self, frame: Tensor) -> Arrays:
+        """Outputs of frame_encoder for a frame [3, S, S] that is normalised already, as the official predictor takes it."""
+        levels = self.encoder.encode(frame[None].to(torch_device()))
+        return {name: level[0].cpu().numpy() for name, level in zip(FRAME_TENSORS, levels, strict=True)}
 
     @cached_property
     def clip(self) -> Tensor:
@@ -300,9 +310,8 @@ def tracked(subject: Subject, device: Device, edits: Edits, fault: Fault | None 
     tracker = Tracker(subject.config, graphs, device)
     track: Track = []
     for frame_idx, picture in enumerate(subject.clip[: last + 1]):
-        encoded = graphs["frame_encoder"].run({"grounding_frames": picture[None].numpy()})
         inputs, parameters = edits.get(frame_idx, ({}, {}))
-        inputs = {name: array[0] for name, array in encoded.items()} | {"frame_size": np.array(SIZE, np.int32)} | inputs
+        inputs = subject.encode(picture) | {"frame_size": np.array(SIZE, np.int32)} | inputs
         request = SequenceRequest(SESSION, inputs, start=not frame_idx, parameters={"mask_format": "logits"} | parameters)
         (result,) = tracker.step([request])
         if isinstance(result, Exception):
@@ -453,10 +462,9 @@ def with_temporal_rows_swapped(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def without_the_conditioning_frame(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """From the third frame on, which has another one to look at."""
-    rows = inputs["memory_rows"].clone()
-    if rows.shape[1] > 1:
-        rows[:, 0] = -1
-    return inputs | {"memory_rows": rows}
+    if inputs["memory_rows"].shape[1] == 1:
+        return inputs
+    return inputs | {name: inputs[name][:, 1:] for name in ("memory_maps", "memory_rows")}
 
 
 FAULTS = (without_pointers, with_temporal_rows_swapped, without_the_conditioning_frame)

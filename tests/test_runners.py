@@ -8,6 +8,7 @@ from ensemble.components import components
 from ensemble.config import TINY
 from export.manifest import ManifestError
 from export.models import graph_class
+from export.models.language_model import ring_slots
 from export.runners import POSITIONS_STEP, Engine, TorchDecoder, TorchGraph, load_graph, load_module, open_graph, save_module, share_weights
 
 WIDTH = TINY.language.width
@@ -87,8 +88,8 @@ def test_cache_grows_with_answers_and_positions_without_changing_them():
         np.testing.assert_allclose(states[slot], expected[1], atol=1e-4)
 
 
-def test_cache_ends_with_the_longest_sequence():
+def test_cache_ends_with_what_a_token_may_see():
     config = replace(TINY, language=replace(TINY.language, layers=1))
     decoder = TorchDecoder(graph_class("language_decoder")(config).eval(), None, None)
     decoder.prefill(0, np.zeros((config.max_sequence - 1, WIDTH), np.float32))
-    assert decoder._keys.shape[3] == config.max_sequence
+    assert decoder._keys.shape[3] == ring_slots(config) == config.language.sliding_window + 1

@@ -104,7 +104,7 @@ def test_sam2_file_tracks_a_box_a_point_and_a_mask_as_in_this_process(tracking, 
     with tracking.track(prompts, in_flight=0) as session, open_session(runner, "tracker", {"mask_format": "bits"}) as local:
         for index, frame in enumerate(CLIP[:2]):
             inputs = session_frame({"frame": frame}, sam2.config)
-            features = runner.run("frame_encoder", {"grounding_frames": inputs["grounding_frames"][None]})
+            features = runner.run("frame_encoder", {name: inputs[name][None] for name in ("pictures", "picture_sizes")})
             one_frame = {name: array[0] for name, array in features.items()}
             expected = local.step({**one_frame, "frame_size": inputs["frame_size"], **({} if index else start)})
             (result,) = session.push(frame)

@@ -903,4 +903,4 @@ def test_frame_is_refused_before_it_reaches_the_tracker_when_a_side_is_out_of_ra
 def test_empty_frame_becomes_the_closing_request():
     outputs = session_frame({"frame": np.zeros((0, 0, 3), np.uint8)}, TINY)
     assert outputs["frame_size"].tolist() == CLOSING["tracker"]["frame_size"].tolist()
-    assert outputs["grounding_frames"].shape == (3, SAM2.image_size, SAM2.image_size)
+    assert outputs["pictures"].shape == (SAM2.image_size, SAM2.image_size, 3)

@@ -186,7 +186,7 @@ def test_tracks_are_trained_as_the_tracker_computes_them(model, pool):
     yes = torch.ones(1, dtype=torch.bool)
     first = torch.zeros(1, dtype=torch.int64)
     with torch.no_grad():
-        levels = model.frame_encoder(frames)
+        levels = model.frame_encoder.encode(frames)
         steps = [tuple(level[index : index + 1] for level in levels) for index in range(num_frames)]
         decoded = segmentation.decode(model, steps[0], first, labels, points)
         target = torch.zeros(1, size, size, dtype=torch.bool)

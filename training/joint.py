@@ -171,7 +171,7 @@ def loss(model: Model, pool: Pool, clips: int = 64) -> Loss:
     ) -> dict[str, Tensor]:
         with pool.half():
             with torch.no_grad():
-                features = model.frame_encoder(frames)
+                features = model.frame_encoder.encode(frames)
                 boxes, proposal_features, scores = propose(model, proposal_image(frames[::2], config))
             states = answer(model, place, ids, turns, positions, see(model, context, video))[:, config.video_tokens :]
             terms = answer_loss(model, targets[:, place + 1 :], turns[:, place + 1 :], states)

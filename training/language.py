@@ -34,13 +34,12 @@ def read(model: Model, embeddings: Tensor, turns: Tensor, positions: Tensor) -> 
     """
     decoder, index = model.language_decoder, torch.arange(turns.shape[1], device=turns.device)
     theirs = turns[:, None]
-    step = Step(
-        cos=decoder.cos[positions][:, None],
-        sin=decoder.sin[positions][:, None],
-        visible=((turns[:, :, None] == theirs) | (theirs == -1))[:, None] & (index[:, None] >= index),
-        slots=index,
-        write=lambda cache, axis, slots, rows: rows,  # the new tokens are all there is
-    )
+    visible = ((turns[:, :, None] == theirs) | (theirs == -1))[:, None] & (index[:, None] >= index)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return F.scaled_dot_product_attention(q, k, v, visible), keys, values  # the new tokens are all there is
+
+    step = Step(decoder.cos[positions][:, None], decoder.sin[positions][:, None], attend)
     x = embeddings
     for layer in decoder.layers:
         x, _, _ = layer(x, step, x, x)

@@ -211,7 +211,7 @@ class Tracking:
         model = self._model
         with self._pool.half():
             count, num_frames = len(clip), targets.shape[1]
-            levels = [level.unflatten(0, (-1, num_frames)).unbind(1) for level in model.frame_encoder(frames)]
+            levels = [level.unflatten(0, (-1, num_frames)).unbind(1) for level in model.frame_encoder.encode(frames)]
             steps = list(zip(*levels, strict=True))  # of each frame: the features of all clips
             prompts = model.mask_downsampler(targets[:, 0].float())
             started = decode(model, steps[0], clip, labels, points, has_memory=drawn, mask_prompts=prompts, has_mask_prompt=drawn)

@@ -28,7 +28,7 @@ def loss(model: Model, pool: Pool, clips: int = 16) -> Loss:
         first, masks = pool.render(scenes, frame_times([0], pool.device).expand(clips, -1), shape)
         with torch.no_grad(), pool.half():
             frames = grounding(first[:, 0], config)
-            features = model.frame_encoder(frames)
+            features = model.frame_encoder.encode(frames)
             boxes, proposal_features, scores = propose(model, proposal_image(frames, config))
             visual = see(model, seen.context_frames(scenes), seen.video_frames(scenes))
             states = answer(model, place, rows["ids"], rows["turns"], rows["positions"], visual)[:, config.video_tokens :]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from ensemble import settings
 from ensemble.config import ModelConfig
 
 from .hiera import FeaturePyramid, Hiera
@@ -22,6 +24,9 @@ class FrameEncoder(Graph):
         "conv_s1.": "sparrow:model.visual_model.sam_mask_decoder.conv_s1.",
     }
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         sam2 = config.sam2
@@ -29,8 +34,32 @@ class FrameEncoder(Graph):
         self.neck = FeaturePyramid(sam2.hiera, sam2.width)
         self.conv_s0 = nn.Conv2d(sam2.width, sam2.width // 8, 1)
         self.conv_s1 = nn.Conv2d(sam2.width, sam2.width // 4, 1)
+        self.register_buffer("mean", torch.tensor(settings.SAM_MEAN), persistent=False)
+        self.register_buffer("std", torch.tensor(settings.SAM_STD), persistent=False)
 
-    def forward(self, grounding_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pictures: Tensor, picture_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Contract `frame_encoder`: (frame_embeddings, high_res_1, high_res_0)."""
+        pixels = (pictures.float() - self.mean) / self.std
+        rows = stretch(pixels, picture_sizes[:, 0]).transpose(1, 2)  # [N, S, S, 3], columns first
+        return self.encode(stretch(rows, picture_sizes[:, 1]).permute(0, 3, 2, 1))
+
+    def encode(self, grounding_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of what `ensemble.frames.grounding_frame` returns: [N, 3, S, S] float."""
         stride_4, stride_8, stride_16 = self.neck(self.trunk(grounding_frames))
         return stride_16, self.conv_s1(stride_8), self.conv_s0(stride_4)
+
+
+def stretch(x: Tensor, used: Tensor) -> Tensor:
+    """Linear interpolation of the first lines of a square over all of its lines, as `ensemble.frames.stretch` (spec 1.2).
+
+    Args:
+        x: [N, S, S, C] float.
+        used: [N] int, how many lines of each hold a picture.
+    """
+    count, size = x.shape[:2]
+    source = ((torch.arange(size, device=x.device) + 0.5) * (used[:, None] / size) - 0.5).clamp(min=0)  # [N, S]
+    low = source.long()
+    high = torch.minimum(low + 1, used[:, None] - 1)
+    weight = (source - low)[:, :, None, None]
+    lines, first = x.flatten(0, 1), size * torch.arange(count, device=x.device)[:, None]
+    return (1 - weight) * lines[first + low] + weight * lines[first + high]

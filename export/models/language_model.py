@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from ensemble.components import SLOTS
 from ensemble.config import LanguageConfig, ModelConfig
 
-from .layers import Graph
+from .layers import Graph, several
 
 Write = Callable[[Tensor, int, Tensor, Tensor], Tensor]
 """(cache of one layer, axis, indices, new rows) to that cache with the rows: `Tensor.scatter`, or `Tensor.scatter_` in place."""
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(queries, keys and values [N, heads, S, C / heads] of new tokens, caches of one layer) to (mixed values, caches with the tokens)."""
 
 
 class TokenEmbedder(Graph):
@@ -51,9 +53,9 @@ class PromptProjector(Graph):
 class LanguageDecoder(Graph):
     """Phi-3 over new tokens and the keys and values of earlier ones.
 
-    Cache slot p holds the key and value of position p. A query at position i sees the slots p with 0 <= i - p <= sliding_window;
-    the other slots may hold anything finite. Work grows with the number of slots: pass a view of the cache that is no longer than
-    the highest position asks for, in a prefill above all.
+    The cache is a ring: position p has slot p % slots. A query at position i sees the positions p with 0 <= i - p <= sliding_window; the
+    other slots may hold anything finite. Work grows with the number of slots, of which a token needs `ring_slots` or, where fewer came
+    before it, one for each.
     """
 
     keys: ClassVar[dict[str, str]] = {
@@ -78,52 +80,81 @@ class LanguageDecoder(Graph):
     def forward(
         self, token_embeddings: Tensor, positions: Tensor, key_cache: Tensor, value_cache: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Reads the new tokens of each sequence, leaving the given caches as they are.
+        """Reads the new tokens of each sequence, no more than there are slots, leaving the given caches as they are.
 
         Args:
             token_embeddings: [N, S, C] float, text and visual tokens of N sequences.
-            positions: [N, S] int64, each below the number of slots, ascending along S.
+            positions: [N, S] int64, ascending along S.
             key_cache, value_cache: [layers, N, heads, slots, C / heads] float, filled below each sequence's first position.
         Returns:
             logits: [N, vocabulary] float, after the last token of each sequence.
             final_states: [N, C] float, the state that `lm_head` turned into them.
             new_key_cache, new_value_cache: the caches with the new tokens.
         """
-        logits, final_states, layers = self._run(token_embeddings, positions, key_cache, value_cache, Tensor.scatter)
-        new_keys, new_values = zip(*layers, strict=True)
-        return logits, final_states, torch.stack(new_keys), torch.stack(new_values)
+        step = self._step(positions, over_cache(self.visible(positions, key_cache.shape[3]), positions, Tensor.scatter))
+        x, caches = token_embeddings, []
+        for index, layer in enumerate(self.layers):
+            x, *written = layer(x, step, key_cache[index], value_cache[index])
+            caches.append(written)
+        new_keys, new_values = zip(*caches, strict=True)
+        return *self._finish(x), torch.stack(new_keys), torch.stack(new_values)
 
-    def decode_(self, token_embeddings: Tensor, positions: Tensor, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor]:
+    def decode_(
+        self,
+        token_embeddings: Tensor,
+        positions: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        layer: Callable[..., Tensor | Sequence[Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """As `forward`, but writes the new tokens into the given caches and returns (logits, final_states) only.
 
         The shapes alone decide what runs, so that a call can be captured into a CUDA graph.
+
+        Args:
+            layer: a compiled `DecodeLayer` that stands for every layer.
         """
-        logits, final_states, _ = self._run(token_embeddings, positions, key_cache, value_cache, Tensor.scatter_)
-        return logits, final_states
+        visible = self.visible(positions, key_cache.shape[3])
+        step = self._step(positions, over_cache(visible, positions, Tensor.scatter_))
+        if layer is None:
+            return self._through(token_embeddings, step, key_cache, value_cache)
+        x = token_embeddings
+        for index, own in enumerate(self.layers):
+            x, *_ = several(layer(x, step.cos, step.sin, positions, visible, key_cache[index], value_cache[index], *own.parameters()))
+        return self._finish(x)
 
-    def _run(
-        self, x: Tensor, positions: Tensor, key_cache: Tensor, value_cache: Tensor, write: Write
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        _, _, heads, slots, head_width = key_cache.shape
-        step = Step(
-            cos=F.embedding(positions, self.cos).unsqueeze(1),  # [N, S] -> [N, 1, S, C / heads / 2]
-            sin=F.embedding(positions, self.sin).unsqueeze(1),
-            visible=self._visible(positions, slots),
-            slots=positions[:, None, :, None].expand(-1, heads, -1, head_width),  # [N, S] -> [N, heads, S, C / heads]
-            write=write,
-        )
-        caches = []
+    def prefill_(self, token_embeddings: Tensor, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Reads whole prompts, as `decode_` would at positions 0, 1, ...; of a long one the last tokens stay in the caches."""
+        positions = torch.arange(token_embeddings.shape[1], device=token_embeddings.device).expand(token_embeddings.shape[:2])
+        step = self._step(positions, over_prompt(self.visible, positions, self.config.language.sliding_window))
+        return self._through(token_embeddings, step, key_cache, value_cache)
+
+    def _step(self, positions: Tensor, attend: Attend) -> Step:
+        # [N, S] -> [N, 1, S, C / heads / 2]
+        return Step(F.embedding(positions, self.cos).unsqueeze(1), F.embedding(positions, self.sin).unsqueeze(1), attend)
+
+    def _through(self, x: Tensor, step: Step, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor]:
         for index, layer in enumerate(self.layers):
-            x, keys, values = layer(x, step, key_cache[index], value_cache[index])
-            caches.append((keys, values))
-        final_states = self.norm(x[:, -1])  # [N, S, C] -> [N, C]
-        return self.lm_head(final_states), final_states, caches
+            x, *_ = layer(x, step, key_cache[index], value_cache[index])
+        return self._finish(x)
 
-    def _visible(self, positions: Tensor, slots: int) -> Tensor:
+    def _finish(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits, final_states) after the last token."""
+        final_states = self.norm(x[:, -1])  # [N, S, C] -> [N, C]
+        return self.lm_head(final_states), final_states
+
+    def visible(self, positions: Tensor, slots: int) -> Tensor:
         """[N, S] positions to [N, 1, S, slots] bool: which slots each token attends to."""
-        age = positions[:, None, :, None] - torch.arange(slots, device=positions.device)
+        now = positions[:, None, :, None]
+        age = (now - torch.arange(slots, device=positions.device)) % slots
         window = self.config.language.sliding_window
-        return age >= 0 if window is None else (age >= 0) & (age <= window)
+        return age <= now if window is None else (age <= now) & (age <= window)
+
+
+def ring_slots(config: ModelConfig) -> int:
+    """Slots of the cache that hold all that a token may see."""
+    window = config.language.sliding_window
+    return config.max_sequence if window is None else min(window + 1, config.max_sequence)
 
 
 @dataclass(frozen=True)
@@ -132,9 +163,42 @@ class Step:
 
     cos: Tensor
     sin: Tensor
-    visible: Tensor
-    slots: Tensor
-    write: Write
+    attend: Attend
+
+
+def over_cache(visible: Tensor, positions: Tensor, write: Write) -> Attend:
+    """Attention over the caches, to which the new tokens are written first."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        slots = (positions % keys.shape[2])[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])  # [N, S] -> [N, heads, S, C / heads]
+        keys = write(keys, 2, slots, k.to(keys.dtype))
+        values = write(values, 2, slots, v.to(values.dtype))
+        return F.scaled_dot_product_attention(q, keys, values, visible), keys, values
+
+    return attend
+
+
+def over_prompt(visible: Callable[[Tensor, int], Tensor], positions: Tensor, window: int | None) -> Attend:
+    """Attention of a prompt's tokens over each other; the last ones are written to the caches."""
+    count, length = positions.shape
+    mask = None if positions.is_cuda else visible(positions, length)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kept = positions[0, -keys.shape[2] :]
+        keys[:, :, kept % keys.shape[2]] = k[:, :, kept].to(keys.dtype)
+        values[:, :, kept % keys.shape[2]] = v[:, :, kept].to(values.dtype)
+        if mask is not None or q.dtype not in (torch.float16, torch.bfloat16):
+            return F.scaled_dot_product_attention(q, k, v, visible(positions, length) if mask is None else mask), keys, values
+        # Flash attention reads no keys beyond the window, where a mask would be read for every pair of tokens.
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds = length * torch.arange(count + 1, device=q.device, dtype=torch.int32)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [N, heads, S, C / heads] -> [N * S, heads, C / heads]
+        mixed = varlen_attn(q, k, v, bounds, bounds, length, length, window_size=(-1 if window is None else window, 0))
+        assert isinstance(mixed, Tensor)
+        return mixed.unflatten(0, (count, length)).transpose(1, 2), keys, values
+
+    return attend
 
 
 class Layer(nn.Module):
@@ -153,8 +217,29 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), keys, values
 
 
+class DecodeLayer(nn.Module):
+    """A layer of a decode step, for compilation: its weights are inputs, so that one engine serves all layers; caches are written in place.
+
+    Args:
+        layer: whose parameters' names and order the weights have.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.names = [name for name, _ in layer.named_parameters()]
+        self.layer = [layer]  # not a submodule: its weights are no part of this
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, visible: Tensor, keys: Tensor, values: Tensor, *weights: Tensor
+    ) -> Tensor:
+        """[N, 1, C] through the layer; the other arguments as in `Step`, `over_cache` and `Layer`."""
+        step = Step(cos, sin, over_cache(visible, positions, Tensor.scatter_))
+        x, _, _ = torch.func.functional_call(self.layer[0], dict(zip(self.names, weights, strict=True)), (x, step, keys, values))
+        return x
+
+
 class Attention(nn.Module):
-    """Rotary multi-head attention of new tokens over the cache that they are written to first."""
+    """Rotary multi-head attention of new tokens and those before them."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -165,9 +250,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, S, 3, heads, C / heads] -> 3 x [N, heads, S, C / heads]
-        keys = step.write(keys, 2, step.slots, rotate(k, step).to(keys.dtype))
-        values = step.write(values, 2, step.slots, v.to(values.dtype))
-        mixed = F.scaled_dot_product_attention(rotate(q, step), keys, values, step.visible)
+        mixed, keys, values = step.attend(rotate(q, step).to(v.dtype), rotate(k, step).to(v.dtype), v, keys, values)
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), keys, values  # [N, heads, S, C / heads] -> [N, S, C]
 
 

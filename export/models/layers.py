@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
 
@@ -26,9 +27,17 @@ class Graph(nn.Module):
     unused: ClassVar[tuple[str, ...]] = ()
     """Patterns of original keys under those prefixes that inference never reads."""
 
+    capturable: ClassVar[bool] = True
+    """Whether it asks the device for nothing while it runs, as a CUDA graph demands."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+
+
+def several(results: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """What a call has returned, as a sequence."""
+    return results if isinstance(results, (tuple, list)) else (results,)
 
 
 class LayerNorm2d(nn.Module):

@@ -26,6 +26,7 @@ class ProposalSelector(Graph):
         "roi_helper.": "sparrow:model.roi_helper.",
         "no_mem_embed": "sparrow:model.visual_model.no_mem_embed",
     }
+    capturable = False  # roi_align asks the boxes how many samples they take
     unused: ClassVar[tuple[str, ...]] = (r"model\.proposal_selector\.box_head\..*",)
 
     def __init__(self, config: ModelConfig) -> None:

@@ -1,6 +1,7 @@
 from ensemble.backend import GraphModel
-from export.runners import open_graph
+from export.runners import open_device, open_graphs
 
 
 class TritonPythonModel(GraphModel):
-    open_graph = staticmethod(open_graph)
+    open_graphs = staticmethod(open_graphs)
+    open_device = staticmethod(open_device)

@@ -1,6 +1,7 @@
 from ensemble.backend import StreamModel
-from export.runners import open_graphs
+from export.runners import open_device, open_graphs
 
 
 class TritonPythonModel(StreamModel):
     open_graphs = staticmethod(open_graphs)
+    open_device = staticmethod(open_device)

@@ -11,7 +11,8 @@ class TritonPythonModel(SequenceModel):
     def open_server(self) -> Tracker:
         self.endpoint = TritonMetrics(TRACK_METRICS)
         graphs = open_graphs(self.settings, self.folder, components(self.config)["tracker"].parts, self.config)
-        return Tracker(self.config, graphs, open_device(self.settings), Limits.from_parameters(self.settings, self.triton_idle_s))
+        self.device = open_device(self.settings)
+        return Tracker(self.config, graphs, self.device, Limits.from_parameters(self.settings, self.triton_idle_s))
 
     def sweep(self) -> None:
         super().sweep()
