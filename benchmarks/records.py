@@ -57,15 +57,22 @@ def environment(url: str, preset: str) -> dict[str, Any]:
         models = [model["name"] for model in client.get_model_repository_index(as_json=True)["models"]]
         parameters = {name: client.get_model_config(name, as_json=True)["config"].get("parameters", {}) for name in models}
         server = client.get_server_metadata(as_json=True)["version"]
+    return {
+        **machine(),
+        "tritonserver": server,
+        "engine_kinds": {name: fields["engine_kind"]["string_value"] for name, fields in parameters.items() if "engine_kind" in fields},
+        "preset": preset,
+        "precision": parameters["frame_encoder"]["precision"]["string_value"],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What any figure depends on: the GPU, its driver, torch, and the code, today."""
     gpu, driver, *_ = (*nvidia_smi("name,driver_version"), None, None)
     return {
         "gpu": gpu,
         "driver": driver,
         "torch": installed("torch"),
-        "tritonserver": server,
-        "engine_kinds": {name: fields["engine_kind"]["string_value"] for name, fields in parameters.items() if "engine_kind" in fields},
-        "preset": preset,
-        "precision": parameters["frame_encoder"]["precision"]["string_value"],
         "git": command("git", "-C", str(RESULTS), "describe", "--always", "--dirty"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,29 +11,41 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_SHAPES = 96
-"""Graphs that one call keeps; shapes beyond run as they come."""
+MAX_SHAPES = 128
+"""Graphs that one call keeps, of the shapes that it was last given."""
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One launch, where it reads its inputs and where it leaves its results."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Sequence[Tensor]
+    results: Sequence[Tensor]
 
 
 class Captured:
     """A function of tensors on the GPU, captured the second time that its inputs have the same shapes: the first call has readied kernels.
 
-    The graphs of a process share one pool of memory, so that results are copied out before anything else is replayed: calls of all
-    threads take turns in what they launch, not in waiting for it.
+    The graphs of a process share one pool of memory, and those of a call share the place of their inputs. So results are copied out before
+    anything else is replayed: calls of all threads take turns in what they launch, not in waiting for it.
 
     Args:
         call: takes tensors and returns one or several; asks the device for nothing while it runs.
     """
 
-    _turn: ClassVar[Lock] = Lock()
-    _pool: ClassVar[Any] = None
     pool_bytes: ClassVar[int] = 0
     """What the graphs of this process hold while nothing runs."""
+    _turn: ClassVar[Lock] = Lock()
+    _pool: ClassVar[Any] = None
 
     def __init__(self, call: Callable[..., Tensor | Sequence[Tensor]]) -> None:
         self._call = call
-        self._seen: set[tuple[tuple[int, ...], ...]] = set()
-        self._graphs: dict[tuple[tuple[int, ...], ...], tuple[torch.cuda.CUDAGraph, Sequence[Tensor], Sequence[Tensor]]] = {}
+        self._known: dict[Shapes, Capture | None] = {}
+        """The shape that was called longest ago comes first."""
+        self._places: dict[int, Tensor] = {}
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         import torch
@@ -41,29 +54,41 @@ class Captured:
 
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
         with self._turn, torch.inference_mode():
-            if shapes not in self._seen:
-                if len(self._seen) < MAX_SHAPES:
-                    self._seen.add(shapes)
+            first = shapes not in self._known
+            self._known[shapes] = capture = self._known.pop(shapes, None)
+            if len(self._known) > MAX_SHAPES:
+                del self._known[next(iter(self._known))]
+            if first:
                 return several(self._call(*inputs))
-            if shapes not in self._graphs:
-                self._graphs[shapes] = self._capture([tensor.clone() for tensor in inputs])
-            graph, places, results = self._graphs[shapes]
-            for place, tensor in zip(places, inputs, strict=True):
+            if capture is None:
+                capture = self._known[shapes] = self._capture(inputs)
+            for place, tensor in zip(capture.inputs, inputs, strict=True):
                 place.copy_(tensor)
-            graph.replay()
-            return [result.clone() for result in results]
+            capture.graph.replay()
+            return [result.clone() for result in capture.results]
 
-    def _capture(self, places: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor], Sequence[Tensor]]:
+    def _capture(self, inputs: Sequence[Tensor]) -> Capture:
         import torch
 
         from .models.layers import several
 
         if Captured._pool is None:
             Captured._pool = torch.cuda.graph_pool_handle()
+        places = [self._place(index, tensor) for index, tensor in enumerate(inputs)]
+        for place, tensor in zip(places, inputs, strict=True):
+            place.copy_(tensor)
         torch.cuda.synchronize()
-        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        graph = torch.cuda.CUDAGraph()
+        idle, graph = torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=Captured._pool, capture_error_mode="thread_local"):
             results = several(self._call(*places))
         Captured.pool_bytes += torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - idle
-        return graph, places, results
+        return Capture(graph, places, results)
+
+    def _place(self, index: int, tensor: Tensor) -> Tensor:
+        """Where input `index` is read from: one piece of memory for all shapes, of twice the size whenever it gets too small."""
+        import torch
+
+        size = tensor.numel() * tensor.itemsize
+        if index not in self._places or self._places[index].numel() < size:
+            self._places[index] = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=tensor.device)
+        return self._places[index][:size].view(tensor.dtype).view(tensor.shape)

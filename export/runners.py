@@ -16,7 +16,7 @@ from ensemble.components import components
 from ensemble.config import ModelConfig
 from ensemble.generation import Decoder
 from ensemble.runner import Device, Graph, Host
-from ensemble.tensors import Array, Arrays
+from ensemble.tensors import Array, Arrays, Component
 
 from .capture import Captured
 from .manifest import check
@@ -257,12 +257,44 @@ class AotiGraph(TensorGraph):
     """
 
     def __init__(self, path: Path, component: str, config: ModelConfig) -> None:
-        from torch._inductor import aoti_load_package
-
         from .models import roi_align  # noqa: F401 (packages call the operator that it registers)
 
-        # Packages with locks of their own cannot be captured.
-        super().__init__(component, config, aoti_load_package(str(path), run_single_threaded=torch_device() == "cuda"))
+        super().__init__(component, config, load_package(path))
+
+
+def load_package(path: Path) -> Callable[..., Tensor | Sequence[Tensor]]:
+    """The function that AOTInductor has compiled."""
+    from torch._inductor import aoti_load_package
+
+    # What takes locks of its own cannot be captured.
+    package: Callable[..., Tensor | Sequence[Tensor]] = aoti_load_package(str(path), run_single_threaded=torch_device() == "cuda")
+    return package
+
+
+def load_compiled(path: Path, config: ModelConfig) -> tuple[Any, Callable[..., Tensor | Sequence[Tensor]]]:
+    """The language decoder's module, and the layer that was compiled from it, which lies beside its weights."""
+    return load_module(path.with_suffix(ENGINE_SUFFIX["torch"]), "language_decoder", config), load_package(path)
+
+
+class CompiledSteps(TensorGraph):
+    """The language decoder as one graph for the gate: a single token goes through the compiled layer, several through the module.
+
+    Args:
+        module: its weights and sizes.
+        layer: `export.models.language_model.DecodeLayer`, compiled.
+        precision: one of PRECISIONS.
+    """
+
+    def __init__(self, module: LanguageDecoder, layer: Callable[..., Tensor | Sequence[Tensor]], precision: str) -> None:
+        place = TorchPlace(module, precision)
+
+        def call(embeddings: Tensor, positions: Tensor, *caches: Tensor) -> Sequence[Tensor]:
+            keys, values = (cache.to(place.dtype, copy=True) for cache in caches)
+            with place.inference():
+                outputs = module.decode_(embeddings, positions, keys, values, layer if embeddings.shape[1] == 1 else None)
+            return *outputs, keys, values
+
+        super().__init__("language_decoder", module.config, call)
 
 
 class DecoderEnds:
@@ -427,13 +459,15 @@ def load_graph(engine: Engine, path: Path, component: str, config: ModelConfig) 
     """A component's graph from its file."""
     if engine.engine_kind == "onnx":
         return OnnxGraph(path)
+    if engine.engine_kind == "aoti" and component == "language_decoder":
+        return CompiledSteps(*load_compiled(path, config), engine.precision)
     if engine.engine_kind == "aoti":
         return AotiGraph(path, component, config)
     return TorchGraph(load_module(path, component, config), component, engine.precision)
 
 
 def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str], config: ModelConfig) -> dict[str, Graph]:
-    """Several components' graphs, as `open_graph`, with the weights that they share held once; each is run once, so that the first request
+    """Several components' graphs, as `open_graph`, with the weights that they share held once; each is warmed up, so that the first request
     need not wait for it.
     """
     engine = Engine.from_parameters(parameters)
@@ -445,8 +479,18 @@ def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str
     else:
         graphs |= {name: open_graph(parameters, folder, name, config) for name in names}
     for name, graph in graphs.items():
-        graph.run(components(config)[name].sample(seed=0))
+        warm_up(graph, components(config)[name])
     return graphs
+
+
+def warm_up(graph: Graph, contract: Component) -> None:
+    """Runs it at the usual size; on a GPU twice, so that it is captured, and for objects of every age."""
+    on_gpu = torch_device() == "cuda" and isinstance(graph, TensorGraph)
+    ages = range(1, contract.dims["pointers"].max) if on_gpu and "pointers" in contract.dims else ()
+    for sizes in ({}, *({"memories": min(age, contract.dims["memories"].max), "pointers": age} for age in ages)):
+        sample = contract.sample(seed=0, **sizes)
+        for _ in range(1 + on_gpu):
+            graph.run(sample)
 
 
 def share_weights(modules: Sequence[nn.Module]) -> None:
@@ -470,13 +514,18 @@ def open_device(parameters: Mapping[str, str]) -> Device:
 def open_decoder(parameters: Mapping[str, str], folder: Path, config: ModelConfig) -> Decoder:
     """The language model, from a folder that holds its three graphs; as `open_graph`."""
     engine = Engine.from_parameters(parameters)
+    module: Any
     embedder, projector = (open_graph(parameters, folder, name, config) for name in ("token_embedder", "prompt_projector"))
     if engine.engine_kind == "onnx":
         return GraphDecoder(open_graph(parameters, folder, "language_decoder", config), embedder, projector, config)
-    module: Any = load_module(engine_path(engine, folder, "language_decoder"), "language_decoder", config)
+    path, layer = engine_path(engine, folder, "language_decoder"), None
+    if engine.engine_kind == "aoti":
+        module, layer = load_compiled(path, config)
+    else:
+        module = load_module(path, "language_decoder", config)
     if bits := QUANTIZATION_BITS[engine.quantization]:
         quantize(module, bits, torch_device())
-    decoder = TorchDecoder(module, embedder, projector, engine.precision)
+    decoder = TorchDecoder(module, embedder, projector, engine.precision, layer)
     decoder.prefill(0, np.zeros((1, config.language.width), np.float32))
     for _ in range(2):  # the second is captured
         decoder.decode([0], [0])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ensemble import settings
 from ensemble.components import components
 from ensemble.tensors import Component
 
 from .to_onnx import export_sizes
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .models.language_model import LanguageDecoder
     from .models.layers import Graph
 
 
@@ -25,15 +29,43 @@ def aoti_from_torch(module: Graph, component: str, path: Path, precision: str, d
         device: cpu or cuda.
     """
     import torch
-    from torch._inductor import aoti_compile_and_package
 
     contract = components(module.config)[component]
     sample = contract.sample(seed=0, **export_sizes(contract))
     inputs = tuple(torch.from_numpy(array).to(device) for array in sample.values())
+    compile_package(module, inputs, dynamic_shapes(contract), path, precision, device)
+
+
+def aoti_from_decoder(decoder: LanguageDecoder, path: Path, precision: str, device: str) -> None:
+    """Compiles the layer that a decode step goes through once for each of the decoder's; arguments as of `aoti_from_torch`."""
+    import torch
+
+    from .models.language_model import DecodeLayer, ring_slots
+
+    language, slots, count = decoder.config.language, ring_slots(decoder.config), 2
+    size = language.width // language.heads
+    layer: Any = decoder.layers[0]
+    positions = torch.arange(count, device=device)[:, None] + 3
+    angles = [torch.zeros(count, 1, 1, size // 2, dtype=decoder.cos.dtype, device=device) for _ in range(2)]
+    caches = [torch.zeros(count, language.heads, slots, size, dtype=getattr(torch, precision), device=device) for _ in range(2)]
+    inputs = (torch.zeros(count, 1, language.width, device=device), *angles, positions, decoder.visible(positions, slots), *caches)
+    rows, ring = torch.export.Dim("sequences", max=settings.MAX_GENERATIONS), torch.export.Dim("slots", min=2, max=slots)
+    sizes = ({0: rows}, {0: rows}, {0: rows}, {0: rows}, {0: rows, 3: ring}, {0: rows, 2: ring}, {0: rows, 2: ring})
+    weights = tuple(layer.parameters())
+    compile_package(DecodeLayer(layer), (*inputs, *weights), (*sizes, (None,) * len(weights)), path, precision, device)
+
+
+def compile_package(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: Any, path: Path, precision: str, device: str) -> None:
+    """Traces a module under autocast and compiles what comes out."""
+    import torch
+    from torch._inductor import aoti_compile_and_package
+
     dtype = getattr(torch, precision)
+    # The analysis of memory accesses fails on the strided cells of the CLIP grid (torch 2.11, tiling_utils.py).
+    options = {"triton.coalesce_tiling_analysis": False} if device == "cuda" else {}
     with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes(contract))
-        aoti_compile_and_package(program, package_path=str(path))
+        program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes)
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
 def dynamic_shapes(contract: Component) -> tuple[dict[int, object], ...]:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,7 @@ from ensemble.tracker import Limits
 
 from .gate import pass_gate
 from .manifest import Manifest, ManifestError, check, fingerprint, hash_files
-from .runners import Engine, engine_file, load_graph, machine_of, save_module, stored, torch_device
+from .runners import ENGINE_SUFFIX, Engine, engine_file, load_graph, machine_of, save_module, stored, torch_device
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint
@@ -45,8 +46,8 @@ CODE = (*sorted(HERE.glob("models/*.py")), *sorted(HERE.glob("to_*.py")), HERE /
 MADE_BY = {"onnx": ("torch", "onnx", "onnxscript"), "torch": ("torch",), "aoti": ("torch",)}
 """Engine kind to the packages whose versions decide what comes out."""
 
-EXPORTS_AT_ONCE = 2
-"""Tracing keeps one core busy, and takes several times the memory of the weights."""
+EXPORTS_AT_ONCE = max(2, (os.cpu_count() or 1) // 2)
+"""Tracing and compiling keep one or two cores busy, and take several times the memory of the weights."""
 
 PARAMETERS: dict[str, type[RequestOptions]] = {"sparrow": Options, "sparrow_track": TrackOptions}
 """Public model to its request parameters."""
@@ -61,8 +62,11 @@ message by the tracker itself."""
 
 
 def engine_of(model: str, engine: Engine) -> Engine:
-    """How a Triton model runs in a repository of `engine`: the language model always in torch, which writes its cache in place."""
-    return replace(engine, engine_kind="torch") if model == "language_model" else replace(engine, quantization="none")
+    """How a Triton model runs in a repository of `engine`: a language model writes its cache in place, which takes torch."""
+    if model != "language_model":
+        return replace(engine, quantization="none")
+    compiled = engine.engine_kind == "aoti" and engine.quantization == "none"
+    return engine if compiled else replace(engine, engine_kind="torch")
 
 
 def config_from_component(model: Component, contracts: Mapping[str, Component], engine: Engine) -> str:
@@ -312,12 +316,17 @@ def make_engine(module: Module, component: str, engine: Engine, path: Path) -> N
         onnx_from_torch(module, component, path)
     elif engine.engine_kind == "aoti":
         from .models import empty_module
-        from .to_aoti import aoti_from_torch
+        from .to_aoti import aoti_from_decoder, aoti_from_torch
 
-        kept = empty_module(component, module.config)
+        kept: Any = empty_module(component, module.config)
         kept.load_state_dict(stored(module, engine.precision), assign=True)
         device = torch_device()
-        aoti_from_torch(kept.requires_grad_(False).eval().to(device), component, path, engine.precision, device)
+        kept = kept.requires_grad_(False).eval().to(device)
+        if component == "language_decoder":
+            save_module(module, path.with_suffix(ENGINE_SUFFIX["torch"]), engine.precision)
+            aoti_from_decoder(kept, path, engine.precision, device)
+        else:
+            aoti_from_torch(kept, component, path, engine.precision, device)
     else:
         save_module(module, path, engine.precision)
 

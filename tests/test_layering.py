@@ -72,8 +72,9 @@ RULES = {
         third_party=None,
     ),
     "benchmarks": Rule(
-        advice="benchmarks measures what users see through sparrow_client: what it wants from export belongs there",
-        ours=frozenset({RELATIVE, "ensemble", "sparrow_client"}),
+        advice="benchmarks measures what users see through sparrow_client, and engines as servers open them: what else it wants from "
+        "export belongs there",
+        ours=frozenset({RELATIVE, "ensemble", "sparrow_client", "export.manifest", "export.models", "export.runners"}),
         third_party=None,
     ),
 }

@@ -1,0 +1,165 @@
+"""Every graph of a repository on its own, in this process: `python -m benchmarks.components REPOSITORY`.
+
+Figures go to the suites `component` (latency, and the share of it that the GPU's vendor's figures make unavoidable), `llm` (the decode
+loop) and `gate` (what the export has measured against torch in float32).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from ensemble.components import components
+from ensemble.config import ModelConfig
+from ensemble.tensors import Arrays, Component
+from export.manifest import Manifest, read
+from export.runners import TensorGraph, open_decoder, open_graph
+
+from .records import append, machine, record
+
+WARM_UP, REPEATS = 5, 50
+BATCHES = {"frames": (1, 4), "objects": (1, 4, 8)}
+"""Size to what it is measured at; the others stay at the usual ones."""
+PROMPT_TOKENS, NEW_TOKENS = 3400, 64
+ANSWERS = (1, 8)
+PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
+"""Word of a GPU's name to its dense bfloat16 operations and bytes per second, by its vendor."""
+
+
+@click.command()
+@click.argument("repository", type=click.Path(path_type=Path, exists=True))
+def main(repository: Path) -> None:
+    """Measure the graphs of REPOSITORY, as its servers would run them."""
+    lines: dict[str, list[dict[str, Any]]] = {"component": [], "gate": [], "llm": []}
+    config = ModelConfig.load(repository / "frame_encoder" / "1" / "config.json")
+    manifests = {path.stem: path.parent for path in sorted(repository.glob("*/1/*.json")) if path.stem in components(config)}
+    for component, folder in tqdm(manifests.items(), unit="graph"):
+        made = read(folder, component)
+        env = {**machine(), "engine_kinds": {component: made.engine_kind}, "preset": config.preset, "precision": made.precision}
+        name = f"{config.preset}_{made.engine_kind}_{made.precision}"
+        lines["gate"] += gate_lines(made, f"{name}_{component}", env)
+        if component == "language_decoder":
+            lines["llm"] += decode_lines(folder, made, config, name, env)
+        else:
+            lines["component"] += latency_lines(folder, made, config, name, env)
+    for own in filter(None, lines.values()):
+        append(own)
+
+
+def engine(made: Manifest) -> dict[str, str]:
+    """The parameters of a config.pbtxt that run an engine."""
+    return {"engine_kind": made.engine_kind, "precision": made.precision}
+
+
+def gate_lines(made: Manifest, workload: str, env: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The worst output's figures."""
+    for metric, worst in (("cosine", min), ("p99_error", max)):
+        values = [figures[metric] for figures in made.gate.values()]
+        yield record("gate", workload, metric, worst(values), "ratio", values, env)
+
+
+def latency_lines(folder: Path, made: Manifest, config: ModelConfig, name: str, env: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    graph, contract = open_graph(engine(made), folder, made.component, config), components(config)[made.component]
+    for sizes in batches(contract):
+        inputs = contract.sample(0, **sizes)
+        label = "".join(f"_{count}_{size}" for size, count in sizes.items())
+        for way, call in ways(graph, inputs):
+            samples = measured(call)
+            workload = f"{name}{way}{label}"
+            median = float(np.median(samples))
+            yield record("component", workload, f"{made.component}.latency_ms", median, "ms", samples, env)
+            if floor := floor_ms(contract, config, inputs, env["gpu"]):
+                yield record("component", workload, f"{made.component}.share_of_floor", floor / median, "ratio", samples, env)
+
+
+def batches(contract: Component) -> list[dict[str, int]]:
+    """The sizes that a component is measured at."""
+    varying = [(size, count) for size, counts in BATCHES.items() if size in contract.dims for count in counts]
+    if "objects" in contract.dims:  # of one frame
+        varying = [(size, count) for size, count in varying if size == "objects"]
+    return [{size: count} for size, count in varying] or [{}]
+
+
+def ways(graph: Any, inputs: Arrays) -> Iterator[tuple[str, Callable[[], object]]]:
+    """How a graph can be called: as served, and on a GPU also without a captured launch."""
+    import torch
+
+    if not isinstance(graph, TensorGraph) or not torch.cuda.is_available():
+        yield "", lambda: graph.run(inputs)
+        return
+    tensors = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
+    yield "", lambda: graph.run_tensors(tensors)
+    yield "_uncaptured", lambda: graph.call(*tensors.values())
+
+
+def measured(call: Callable[[], object]) -> list[float]:
+    """Milliseconds of each call, by the device's clock where there is one."""
+    import torch
+
+    for _ in range(WARM_UP):
+        call()
+    if not torch.cuda.is_available():
+        samples = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            call()
+            samples.append(1000 * (time.perf_counter() - start))
+        return samples
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+    for start_event, stop_event in events:
+        start_event.record()
+        call()
+        stop_event.record()
+    torch.cuda.synchronize()
+    return [start_event.elapsed_time(stop_event) for start_event, stop_event in events]
+
+
+def floor_ms(contract: Component, config: ModelConfig, inputs: Arrays, gpu: str | None) -> float | None:
+    """Milliseconds that the operations, or the bytes of weights, inputs and outputs, take at the GPU's peak; None where that is unknown."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from export.models import empty_module
+
+    peaks = next((peaks for word, peaks in PEAKS.items() if word in (gpu or "")), None)
+    if peaks is None:
+        return None
+    module: Any = empty_module(contract.name, config).to("meta").requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        outputs = module(*(torch.from_numpy(array).to("meta") for array in inputs.values()))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    size = sum(2 * parameter.numel() for parameter in module.parameters())
+    size += sum(array.nbytes for array in inputs.values()) + sum(output.numel() * output.itemsize for output in outputs)
+    return 1000 * max(float(counter.get_total_flops()) / peaks[0], float(size) / peaks[1])
+
+
+def decode_lines(folder: Path, made: Manifest, config: ModelConfig, name: str, env: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Prefill of a long prompt, and tokens per second of answers that go on together; by this process's clock, results on the host."""
+    decoder = open_decoder(engine(made), folder, config)
+    length = min(PROMPT_TOKENS, config.max_sequence - NEW_TOKENS - WARM_UP)
+    prompt = np.random.default_rng(0).standard_normal((length, config.language.width)).astype(np.float32)
+    for answers in ANSWERS:
+        prefills, steps = [], []
+        for slot in [0] * WARM_UP + list(range(answers)):
+            start = time.perf_counter()
+            decoder.prefill(slot, prompt)
+            prefills.append(1000 * (time.perf_counter() - start))
+        for _ in range(WARM_UP + NEW_TOKENS):
+            start = time.perf_counter()
+            decoder.decode(list(range(answers)), [7] * answers)
+            steps.append(1000 * (time.perf_counter() - start))
+        workload, prefills, steps = f"{name}_batch_{answers}_prompt_{length}", prefills[WARM_UP:], steps[WARM_UP:]
+        yield record("llm", workload, "prefill_ms", np.median(prefills), "ms", prefills, env)
+        yield record("llm", workload, "decode_ms_per_token", np.median(steps), "ms", steps, env)
+        rates = [1000 * answers / step for step in steps]
+        yield record("llm", workload, "tokens_per_s", np.median(rates), "1/s", rates, env)
+
+
+if __name__ == "__main__":
+    main()
