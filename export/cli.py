@@ -21,7 +21,7 @@ from .targets import AUTO, TargetError, find_target, ran_on
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Model repository to write.")
 @click.option("--target", default=AUTO, show_default=True, help="auto: of this machine's GPU; a name (cpu, h100, l4, ...) or a .toml file.")
 @click.option("--engine", type=click.Choice(list(ENGINE_SUFFIX)), help="What the graphs run in, in float32: instead of a target.")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="Instead of the target's; ONNX has float32 alone.")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Instead of the target's; ONNX has no bfloat16.")
 @click.option("--quantization", type=click.Choice(list(QUANTIZATION_BITS)), help="Of the language model's layers, instead of the target's.")
 def export(checkpoint: Path, out: Path, target: str, engine: str | None, precision: str | None, quantization: str | None) -> None:
     """Turn CHECKPOINT into a model repository.

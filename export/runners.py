@@ -48,7 +48,7 @@ class Engine:
 
     Args:
         engine_kind: key of ENGINE_SUFFIX.
-        precision: of weights and products, one of PRECISIONS; norms, softmax and scores stay in float32. ONNX has float32 alone.
+        precision: of weights and products, one of PRECISIONS; norms and softmax stay in float32.
         quantization: key of QUANTIZATION_BITS; of the language model's layers.
     """
 
@@ -66,8 +66,8 @@ class Engine:
         for name, values in known:
             if getattr(self, name) not in values:
                 raise ValueError(f"engine: got {name} {getattr(self, name)!r}, expected one of {', '.join(values)}.")
-        if self.engine_kind == "onnx" and self.precision != "float32":
-            raise ValueError(f"engine: got onnx in {self.precision}, expected torch or aoti: graphs in ONNX are float32 here.")
+        if self.engine_kind == "onnx" and self.precision == "bfloat16":
+            raise ValueError("engine: got onnx in bfloat16, expected float32 or float16: ONNX Runtime has no products in bfloat16.")
 
 
 class OnnxGraph:
@@ -572,6 +572,15 @@ def save_module(module: Module, path: Path, precision: str) -> None:
     from safetensors.torch import save_file
 
     save_file(stored(module, precision), path)
+
+
+def as_stored(module: Module, component: str, precision: str) -> Module:
+    """A component's module with its weights as `stored` keeps them."""
+    from .models import empty_module
+
+    kept = empty_module(component, module.config)
+    kept.load_state_dict(stored(module, precision), assign=True)
+    return kept.requires_grad_(False).eval()
 
 
 def stored(module: Module, precision: str) -> dict[str, Tensor]:

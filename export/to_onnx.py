@@ -11,31 +11,39 @@ from ensemble.components import components
 from ensemble.tensors import Component
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .models.layers import Graph
 
-OPSET = 18
+OPSETS = {"float32": 18, "float16": 18, "bfloat16": 22}
+"""Precision to version of ONNX; the first in which a convolution may be bfloat16 is 22."""
 EXTERNAL_DATA_BYTES = 1 << 30
 """Weights beyond this go to a file beside the graph: a protobuf ends at 2 GiB."""
 
 
-def onnx_from_torch(module: Graph, component: str, path: Path) -> None:
+def onnx_from_torch(module: Graph, component: str, path: Path, precision: str = "float32") -> None:
     """Exports a component and checks that the graph's inputs and outputs are the contract's.
 
     Args:
-        module: in eval mode, with its weights.
+        module: in eval mode, with its weights as they shall be kept.
         component: its name.
         path: .onnx file to write.
+        precision: of products, as eager torch has it under autocast; inputs and outputs stay float32.
     Raises:
         ValueError: the graph differs from the contract.
     """
     import onnx
     import torch
 
+    from .half_onnx import float_islands
     from .models.roi_align import onnx_translations
 
+    dtype = getattr(torch, precision)
+    half = dtype != torch.float32
     contract = components(module.config)[component]
     sample = {name: torch.from_numpy(array) for name, array in contract.sample(seed=0, **export_sizes(contract)).items()}
-    with warnings.catch_warnings():
+    hook = module.register_forward_hook(lambda module, inputs, outputs: as_float32(outputs))
+    with warnings.catch_warnings(), torch.no_grad(), torch.autocast("cpu", dtype, enabled=half):
         warnings.simplefilter("ignore")
         for package in ("torch.onnx", "onnxscript"):
             logging.getLogger(package).setLevel(logging.ERROR)
@@ -46,15 +54,21 @@ def onnx_from_torch(module: Graph, component: str, path: Path) -> None:
             dynamic_shapes=dict(contract.dynamic_axes()),
             input_names=list(sample),
             output_names=[spec.name for spec in contract.outputs],
-            opset_version=OPSET,
-            custom_translation_table=onnx_translations(),
+            opset_version=OPSETS[precision],
+            custom_translation_table=onnx_translations() | (float_islands() if half else {}),
             verbose=False,
         )
+    hook.remove()
     assert program is not None
     size = sum(tensor.nbytes for tensor in module.state_dict().values())
     program.save(path, external_data=size > EXTERNAL_DATA_BYTES)
     check_graph(onnx.load(path, load_external_data=False), contract)
     onnx.checker.check_model(path)
+
+
+def as_float32(outputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """What a module returns, as its contract has it."""
+    return outputs.float() if not isinstance(outputs, tuple) else tuple(output.float() for output in outputs)
 
 
 def export_sizes(contract: Component) -> dict[str, int]:

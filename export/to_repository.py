@@ -29,7 +29,7 @@ from ensemble.tracker import Limits
 
 from .gate import pass_gate
 from .manifest import Manifest, ManifestError, check, fingerprint, hash_files
-from .runners import ENGINE_SUFFIX, Engine, engine_file, load_graph, machine_of, save_module, stored, torch_device
+from .runners import ENGINE_SUFFIX, Engine, as_stored, engine_file, load_graph, machine_of, save_module, torch_device
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint
@@ -313,15 +313,12 @@ def make_engine(module: Module, component: str, engine: Engine, path: Path) -> N
     if engine.engine_kind == "onnx":
         from .to_onnx import onnx_from_torch
 
-        onnx_from_torch(module, component, path)
+        onnx_from_torch(as_stored(module, component, engine.precision), component, path, engine.precision)
     elif engine.engine_kind == "aoti":
-        from .models import empty_module
         from .to_aoti import aoti_from_decoder, aoti_from_torch
 
-        kept: Any = empty_module(component, module.config)
-        kept.load_state_dict(stored(module, engine.precision), assign=True)
         device = torch_device()
-        kept = kept.requires_grad_(False).eval().to(device)
+        kept: Any = as_stored(module, component, engine.precision).to(device)
         if component == "language_decoder":
             save_module(module, path.with_suffix(ENGINE_SUFFIX["torch"]), engine.precision)
             aoti_from_decoder(kept, path, engine.precision, device)

@@ -8,8 +8,9 @@ from ensemble.components import components
 from ensemble.config import TINY
 from ensemble.graph import parts
 from ensemble.tensors import Dim
+from export.gate import pass_gate
 from export.models import MODULES
-from export.runners import OnnxGraph, TorchGraph
+from export.runners import OnnxGraph, TorchGraph, as_stored
 from export.to_onnx import check_graph, onnx_from_torch
 
 CONTRACTS = components(TINY)
@@ -56,6 +57,22 @@ def test_onnx_graph_equals_torch_module(component, graphs, sizes):
     assert list(got) == [spec.name for spec in contract.outputs]
     for name, array in expected.items():
         assert contract.tolerance.error(got[name], array) <= contract.tolerance.max_error, name
+
+
+def test_half_precision_is_in_the_graph_with_norms_and_softmax_in_float32(component, tiny, tmp_path):
+    module, path = tiny.build(component), tmp_path / f"{component}.onnx"
+    onnx_from_torch(as_stored(module, component, "float16"), component, path, "float16")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path), check_type=True, strict_mode=True).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    assert {tensor.data_type for tensor in weights.values() if tensor.data_type != onnx.TensorProto.INT64} >= {onnx.TensorProto.FLOAT16}
+    for node in graph.node:
+        if node.op_type in ("LayerNormalization", "Softmax"):
+            assert types[node.output[0]] == onnx.TensorProto.FLOAT, node.name
+        if node.op_type in ("MatMul", "Gemm", "Conv", "ConvTranspose"):
+            assert types[node.output[0]] == onnx.TensorProto.FLOAT16, node.name
+    assert all(types[value.name] == onnx.TensorProto.FLOAT for value in graph.output)
+    pass_gate(OnnxGraph(path), module, component, "float16")
 
 
 def test_every_component_with_a_contract_has_a_module():

@@ -25,7 +25,7 @@ def module(component):
         ({"engine_kind": "plan"}, "engine: got engine_kind 'plan', expected one of torch, onnx, aoti."),
         ({"precision": "int8"}, "engine: got precision 'int8', expected one of float32, bfloat16, float16."),
         ({"quantization": "2bit"}, "engine: got quantization '2bit', expected one of none, 8bit, 4bit."),
-        ({"precision": "bfloat16"}, "engine: got onnx in bfloat16, expected torch or aoti: graphs in ONNX are float32 here."),
+        ({"precision": "bfloat16"}, "engine: got onnx in bfloat16, expected float32 or float16: ONNX Runtime has no products in bfloat16."),
     ],
 )
 def test_engine_that_there_is_not_is_refused(fields, message):
