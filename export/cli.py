@@ -32,6 +32,7 @@ def export(checkpoint: Path, out: Path, target: str, engine: str | None, precisi
     from .checkpoints import Checkpoint, CheckpointError
     from .gate import GateError
     from .to_repository import RepositoryBusy, repository_from_checkpoint
+    from .to_tensorrt import TensorRtError
 
     try:
         source = Checkpoint(checkpoint)
@@ -45,7 +46,7 @@ def export(checkpoint: Path, out: Path, target: str, engine: str | None, precisi
                 bar.update()
 
             repository_from_checkpoint(source, out, progress, settings)
-    except (CheckpointError, GateError, RepositoryBusy, TargetError, ValueError) as error:
+    except (CheckpointError, GateError, RepositoryBusy, TargetError, TensorRtError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:  # e.g. the disk is full
         raise click.ClickException(f"{error.filename or out}: {error.strerror or error}. Engines that were finished are kept.") from error

@@ -15,19 +15,20 @@ Translations = dict[Callable[..., Any], Callable[..., Any]]
 def float_islands() -> Translations:
     """For `torch.onnx.export(custom_translation_table=...)`."""
     import onnx
+    import onnxscript
     import torch
-    from onnxscript import opset18
 
+    opset: Any = onnxscript.opset18
     single = onnx.TensorProto.FLOAT
     lowest = onnx.helper.make_tensor("lowest", single, [], [-1e30])
 
     def layer_norm(x: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float = 1e-5, cudnn_enable: bool = True) -> Any:
-        wide, scale, shift = (opset18.Cast(tensor, to=single) for tensor in (x, weight, bias))
-        normal, *_ = opset18.LayerNormalization(wide, scale, shift, axis=-len(shape), epsilon=eps)
-        return opset18.CastLike(normal, x)
+        wide, scale, shift = (opset.Cast(tensor, to=single) for tensor in (x, weight, bias))
+        normal, *_ = opset.LayerNormalization(wide, scale, shift, axis=-len(shape), epsilon=eps)
+        return opset.CastLike(normal, x)
 
     def softmax(x: Any, dim: int, dtype: int | None = None) -> Any:
-        return opset18.CastLike(opset18.Softmax(opset18.Cast(x, to=single), axis=dim), x)
+        return opset.CastLike(opset.Softmax(opset.Cast(x, to=single), axis=dim), x)
 
     def attention(
         query: Any,
@@ -40,12 +41,12 @@ def float_islands() -> Translations:
         enable_gqa: bool = False,
     ) -> Any:
         # Both operands are scaled: their product, the scores, has to stay within half precision.
-        factor = opset18.CastLike((scale or query.shape[-1] ** -0.5) ** 0.5, query)
-        scores: Any = opset18.MatMul(opset18.Mul(query, factor), opset18.Transpose(opset18.Mul(key, factor), perm=[0, 1, 3, 2]))
-        wide = opset18.Cast(scores, to=single)
+        factor = opset.CastLike((scale or query.shape[-1] ** -0.5) ** 0.5, query)
+        scores = opset.MatMul(opset.Mul(query, factor), opset.Transpose(opset.Mul(key, factor), perm=[0, 1, 3, 2]))
+        wide = opset.Cast(scores, to=single)
         if mask is not None:
-            wide = opset18.Where(mask, wide, opset18.Constant(value=lowest))
-        return opset18.MatMul(opset18.CastLike(opset18.Softmax(wide, axis=-1), value), value)
+            wide = opset.Where(mask, wide, opset.Constant(value=lowest))
+        return opset.MatMul(opset.CastLike(opset.Softmax(wide, axis=-1), value), value)
 
     aten = torch.ops.aten
     return {

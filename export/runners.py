@@ -1,4 +1,6 @@
-"""Loads what the exporter wrote, one class per engine kind: `torch` (eager), `onnx` (ONNX Runtime), `aoti` (AOTInductor package)."""
+"""Loads what the exporter wrote, one class per engine kind: `torch` (eager), `onnx` (ONNX Runtime), `aoti` (AOTInductor package),
+`tensorrt` (plan).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from .models.language_model import LanguageDecoder
     from .models.layers import Graph as Module
 
-ENGINE_SUFFIX = {"torch": ".safetensors", "onnx": ".onnx", "aoti": ".pt2"}
+ENGINE_SUFFIX = {"torch": ".safetensors", "onnx": ".onnx", "aoti": ".pt2", "tensorrt": ".plan"}
 """Engine kind to the file that it is kept in, beside its component's model.py."""
 
 IDLE_CACHE_BYTES = 256 << 20
@@ -463,6 +466,10 @@ def load_graph(engine: Engine, path: Path, component: str, config: ModelConfig) 
         return CompiledSteps(*load_compiled(path, config), engine.precision)
     if engine.engine_kind == "aoti":
         return AotiGraph(path, component, config)
+    if engine.engine_kind == "tensorrt":
+        from .tensorrt_graph import TensorRtGraph
+
+        return TensorRtGraph(path, component, config)
     return TorchGraph(load_module(path, component, config), component, engine.precision)
 
 
@@ -540,11 +547,13 @@ def engine_path(engine: Engine, folder: Path, component: str) -> Path:
 
 
 def machine_of(engine: Engine) -> str:
-    """What an engine is bound to: "any" machine, or the torch and the processor that it was compiled for."""
-    if engine.engine_kind != "aoti":
+    """What an engine is bound to: "any" machine, or the library and the processor that it was compiled for."""
+    if engine.engine_kind not in ("aoti", "tensorrt"):
         return "any"
     import torch
 
+    if engine.engine_kind == "tensorrt":
+        return "TensorRT {}, sm_{}{}".format(version("tensorrt"), *torch.cuda.get_device_capability())
     if torch_device() == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return f"torch {torch.__version__}, sm_{major}{minor}"

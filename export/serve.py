@@ -114,6 +114,7 @@ class Server:
             check_port(name, port)
         self._shm_prefix = f"sparrow_{secrets.token_hex(4)}_"
         binary, libraries = find_tritonserver()
+        check_backends(self.repository, binary)
         backends = write_backends(workspace / "backends", binary)
         command = [
             str(binary),
@@ -223,6 +224,18 @@ def find_tritonserver() -> tuple[Path, list[str]]:
     if python is None:
         raise ServerError(f"{library}: not found in {', '.join(map(str, folders))}. Install it, e.g. apt install libpython{version}")
     return package / "tritonserver" / "bin" / "tritonserver", [str(package.parent / "nvidia_pytriton.libs"), python]
+
+
+def check_backends(repository: Path, binary: Path) -> None:
+    """Raises ServerError where the server lacks the backend of a model: the wheel has Python's alone."""
+    if (binary.parent.parent / "backends" / "tensorrt").exists():
+        return
+    for path in sorted(repository.glob("*/config.pbtxt")):
+        if 'platform: "tensorrt_plan"' in path.read_text():
+            raise ServerError(
+                f"{path.parent.name}: it is a TensorRT plan, and this tritonserver has no TensorRT backend. Run it in the container: "
+                f"REPOSITORY={repository} docker compose up"
+            )
 
 
 def write_backends(folder: Path, binary: Path) -> Path:

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 OPSETS = {"float32": 18, "float16": 18, "bfloat16": 22}
 """Precision to version of ONNX; the first in which a convolution may be bfloat16 is 22."""
+SINCE_18 = {
+    "ReduceMax": ("noop_with_empty_axes",),
+    "ReduceMean": ("noop_with_empty_axes",),
+    "Resize": ("antialias", "keep_aspect_ratio_policy"),
+    "Split": ("num_outputs",),
+}
+"""Operator to attributes that opset 17 does not have; here they only say what it does anyway."""
 EXTERNAL_DATA_BYTES = 1 << 30
 """Weights beyond this go to a file beside the graph: a protobuf ends at 2 GiB."""
 
@@ -63,6 +70,34 @@ def onnx_from_torch(module: Graph, component: str, path: Path, precision: str = 
     size = sum(tensor.nbytes for tensor in module.state_dict().values())
     program.save(path, external_data=size > EXTERNAL_DATA_BYTES)
     check_graph(onnx.load(path, load_external_data=False), contract)
+    onnx.checker.check_model(path)
+
+
+def lower(path: Path) -> None:
+    """Rewrites a graph in place as TensorRT 8.6 reads it: opset 17, and without bfloat16, which it does not know.
+
+    Values that were to be rounded to bfloat16 stay as they are.
+    """
+    import onnx
+
+    half, single = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    model = onnx.load(path, load_external_data=False)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type in ("ReduceMax", "ReduceMean") and len(node.input) > 1:
+            axes = onnx.numpy_helper.to_array(constants[node.input.pop()]).tolist()
+            node.attribute.append(onnx.helper.make_attribute("axes", axes))
+        for attribute in list(node.attribute):
+            if attribute.name in SINCE_18.get(node.op_type, ()):
+                node.attribute.remove(attribute)
+            elif (node.op_type, attribute.name, attribute.i) == ("Cast", "to", half):
+                attribute.i = single
+    for value in model.graph.value_info:
+        if value.type.tensor_type.elem_type == half:
+            value.type.tensor_type.elem_type = single
+    model.opset_import[0].version = 17
+    model.ir_version = 8  # of the time of that opset
+    onnx.save(model, path)
     onnx.checker.check_model(path)
 
 

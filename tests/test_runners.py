@@ -22,7 +22,7 @@ def module(component):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"engine_kind": "plan"}, "engine: got engine_kind 'plan', expected one of torch, onnx, aoti."),
+        ({"engine_kind": "plan"}, "engine: got engine_kind 'plan', expected one of torch, onnx, aoti, tensorrt."),
         ({"precision": "int8"}, "engine: got precision 'int8', expected one of float32, bfloat16, float16."),
         ({"quantization": "2bit"}, "engine: got quantization '2bit', expected one of none, 8bit, 4bit."),
         ({"precision": "bfloat16"}, "engine: got onnx in bfloat16, expected float32 or float16: ONNX Runtime has no products in bfloat16."),

@@ -1,0 +1,79 @@
+"""What of TensorRT there is without a GPU: profiles, the graph that release 8.6 reads, configurations, what is said without it."""
+
+import numpy as np
+import onnx
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from ensemble.components import components
+from ensemble.config import TINY
+from export import to_tensorrt
+from export.gate import pass_gate
+from export.runners import Engine, OnnxGraph, as_stored
+from export.serve import Ports, Server, ServerError
+from export.to_onnx import lower, onnx_from_torch
+from export.to_repository import repository_from_checkpoint, write_configs
+from export.to_tensorrt import TensorRtError, profile
+
+CONTRACTS = components(TINY)
+
+
+def test_profile_has_every_input_that_varies_within_the_bounds():
+    contract = CONTRACTS["memory_attention"]
+    shapes = profile(contract, {"objects": 4})
+    assert list(shapes) == [spec.name for spec in contract.inputs]
+    assert shapes["memory_rows"] == ((1, 1), (1, 7), (4, 7))
+    assert shapes["object_pointers"] == ((1, 1, TINY.sam2.width), (1, 16, TINY.sam2.width), (4, 16, TINY.sam2.width))
+    assert profile(contract, {})["memory_rows"][2] == (16, 7)
+    assert profile(contract, {"memories": 3})["memory_rows"] == ((1, 1), (1, 3), (16, 3))
+    assert profile(CONTRACTS["proposal_detector"], {}) == {}
+
+
+@pytest.mark.parametrize("component", ["memory_encoder", "proposal_selector"])
+def test_lowered_graph_computes_the_same_in_opset_17_without_bfloat16(tiny, tmp_path, component):
+    module, path = tiny.build(component), tmp_path / f"{component}.onnx"
+    onnx_from_torch(as_stored(module, component, "float16"), component, path, "float16")
+    lower(path)
+    model = onnx.load(path)
+    assert model.opset_import[0].version == 17
+    casts = [attribute.i for node in model.graph.node if node.op_type == "Cast" for attribute in node.attribute]
+    assert onnx.TensorProto.BFLOAT16 not in casts
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    pass_gate(OnnxGraph(path), module, component, "float16")
+
+
+def test_frame_encoder_is_served_by_the_backend_for_plans_and_the_rest_in_python(tmp_path):
+    write_configs(TINY, tmp_path, Engine("tensorrt", "float16"))
+    configs = {
+        path.parent.name: text_format.Parse(path.read_text(), model_config_pb2.ModelConfig()) for path in tmp_path.glob("*/config.pbtxt")
+    }
+    encoder = configs["frame_encoder"]
+    assert (encoder.platform, encoder.backend, encoder.default_model_filename) == ("tensorrt_plan", "", "frame_encoder.plan")
+    frames = CONTRACTS["frame_encoder"].inputs[0]
+    assert encoder.max_batch_size == frames.shape[0].max
+    assert [(tensor.name, list(tensor.dims)) for tensor in encoder.input] == [(frames.name, list(frames.shape[1:]))]
+    assert model_config_pb2.ModelInstanceGroup.Kind.Name(encoder.instance_group[0].kind) == "KIND_GPU"
+    assert configs["tracker"].backend == "python"
+    assert configs["tracker"].parameters["engine_kind"].string_value == "tensorrt"
+    assert configs["language_model"].parameters["engine_kind"].string_value == "torch"
+
+
+def test_server_without_the_backend_for_plans_says_where_they_run(tmp_path):
+    write_configs(TINY, tmp_path, Engine("tensorrt"))
+    with pytest.raises(ServerError, match=r"frame_encoder: it is a TensorRT plan, .* Run it in the container: .* docker compose up"):
+        Server(tmp_path, Ports(0, 0, 0)).__enter__()
+
+
+def test_export_without_tensorrt_says_what_is_missing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(to_tensorrt, "gpus", list)
+    monkeypatch.setattr(to_tensorrt, "find_spec", lambda name: None)
+    with pytest.raises(TensorRtError, match="this machine lacks an NVIDIA GPU and the package tensorrt"):
+        repository_from_checkpoint(tiny, tmp_path / "repository", lambda made, anew: None, Engine("tensorrt"))
+    assert not (tmp_path / "repository").exists()
+
+
+def test_file_is_never_seen_in_part(tmp_path):
+    to_tensorrt.write(tmp_path / "a.plan", np.arange(4, dtype=np.uint8).data)
+    assert (tmp_path / "a.plan").read_bytes() == bytes(range(4))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.plan"]
