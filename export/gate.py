@@ -65,6 +65,19 @@ def pass_gate(graph: Graph, module: Module, component: str, precision: str) -> G
             note(
                 stable, contract, run_module(rounded, contract, {name: as_if(array, precision) for name, array in inputs.items()}), expected
             )
+    judge(contract, figures, stable, precision)
+    return figures
+
+
+def judge(contract: Component, figures: Gate, stable: Gate, precision: str) -> None:
+    """Raises GateError where an engine's figures are not good enough.
+
+    Args:
+        contract: of the component.
+        figures: of the engine against torch in float32.
+        stable: of torch with rounded weights and inputs, of a ranked component in half precision.
+        precision: of the engine.
+    """
     for name, own in sorted(figures.items(), key=lambda item: -item[1]["error"]):
         if precision == "float32":
             figure, passed, bound = "error", own["error"] <= contract.tolerance.max_error, f"at most {contract.tolerance.max_error:g}"
@@ -75,10 +88,9 @@ def pass_gate(graph: Graph, module: Module, component: str, precision: str) -> G
             figure, passed, bound = "cosine", own["cosine"] >= LEAST_COSINE[precision], f"at least {LEAST_COSINE[precision]:g}"
         if not passed:
             raise GateError(
-                f"{component}.{name} in {precision}: got {figure} {own[figure]:.4g} against torch in float32, expected {bound}. "
+                f"{contract.name}.{name} in {precision}: got {figure} {own[figure]:.4g} against torch in float32, expected {bound}. "
                 "The engine was not kept: choose another precision or engine kind."
             )
-    return figures
 
 
 def note(figures: Gate, contract: Component, got: Arrays, expected: Arrays) -> None:

@@ -11,7 +11,7 @@ from ensemble.components import components
 from ensemble.config import ModelConfig
 
 from .runners import TensorGraph
-from .to_tensorrt import Log, TensorRtError
+from .to_tensorrt import TensorRtError, logger, said
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,15 +31,12 @@ class Plan:
     def __init__(self, path: Path) -> None:
         import tensorrt as trt
 
-        log = Log()
-        self._logger = log.logger()
-        trt.init_libnvinfer_plugins(self._logger, "")
-        self._runtime = trt.Runtime(self._logger)
+        self._runtime = trt.Runtime(logger())
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         self._context = engine and engine.create_execution_context()
         if self._context is None:
-            raise TensorRtError(f"{path}: TensorRT {trt.__version__} cannot run it:\n{log}\nBuild it anew on this machine.")
-        self._engine, self._log = engine, log
+            raise TensorRtError(f"{path}: TensorRT {trt.__version__} cannot run it:\n{said()}\nBuild it anew on this machine.")
+        self._engine = engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.dtypes: dict[str, str] = {name: trt.nptype(engine.get_tensor_dtype(name)).__name__.rstrip("_") for name in names}
         """Of inputs and outputs, as NumPy and torch name them; TensorRT 8.6 has int32 where the contract has int64."""
@@ -62,7 +59,7 @@ class Plan:
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
         if not self._context.execute_async_v3(stream):
-            raise TensorRtError(f"TensorRT failed to run:\n{self._log}")
+            raise TensorRtError(f"TensorRT failed to run:\n{said()}")
 
 
 class TensorRtGraph(TensorGraph):

@@ -95,7 +95,8 @@ def lower(path: Path) -> None:
     for value in model.graph.value_info:
         if value.type.tensor_type.elem_type == half:
             value.type.tensor_type.elem_type = single
-    model.opset_import[0].version = 17
+    (standard,) = (opset for opset in model.opset_import if not opset.domain)
+    standard.version = 17
     model.ir_version = 8  # of the time of that opset
     onnx.save(model, path)
     onnx.checker.check_model(path)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,15 +76,14 @@ def plan_from_onnx(graph: Path, path: Path, contract: Component, precision: str,
     import tensorrt as trt
 
     building = building or Building()
-    log = Log()
-    logger = log.logger()
-    trt.init_libnvinfer_plugins(logger, "")
-    builder = trt.Builder(logger)
+    builder = trt.Builder(logger())
     network = builder.create_network(network_flags())
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, logger())
     if not parser.parse_from_file(str(graph)):
         errors = "\n".join(f"  node {error.node()}: {error.desc()}" for error in map(parser.get_error, range(parser.num_errors)))
-        raise TensorRtError(f"{contract.name}: TensorRT {trt.__version__} cannot read {graph}:\n{errors}\nChoose another engine kind.")
+        raise TensorRtError(
+            f"{contract.name}: TensorRT {trt.__version__} cannot read {graph}:\n{errors}\n{said()}\nChoose another engine kind."
+        )
     config = builder.create_builder_config()
     configure(config, precision, building)
     shapes = builder.create_optimization_profile()
@@ -95,7 +96,7 @@ def plan_from_onnx(graph: Path, path: Path, contract: Component, precision: str,
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise TensorRtError(
-            f"{contract.name}: TensorRT {trt.__version__} built no plan of {graph} in {precision}:\n{log}\n"
+            f"{contract.name}: TensorRT {trt.__version__} built no plan of {graph} in {precision}:\n{said()}\n"
             "Choose another precision or engine kind."
         )
     write(path, plan)
@@ -169,29 +170,29 @@ def write(path: Path, content: Any) -> None:
     Path(file.name).replace(path)
 
 
-class Log:
-    """What TensorRT says: warnings and errors, kept for the message of a failure."""
+@lru_cache(maxsize=1)
+def logger() -> Any:
+    """The one logger of this process, which keeps the last errors: TensorRT goes on using the first that it was given."""
+    import tensorrt as trt
 
-    KEPT = 40
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: deque[str] = deque(maxlen=40)
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(message)
 
-    def logger(self) -> Any:
-        """The object that TensorRT takes."""
-        import tensorrt as trt
+    trt.init_libnvinfer_plugins(made := Logger(), "")
+    return made
 
-        lines = self.lines
 
-        class Logger(trt.ILogger):  # type: ignore[misc]
-            def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                    lines.append(message)
-
-        return Logger()
-
-    def __str__(self) -> str:
-        return "\n".join(f"  {line}" for line in self.lines[-self.KEPT :]) or "  (it said nothing)"
+def said() -> str:
+    """The errors that TensorRT has reported since this was asked last."""
+    lines = "\n".join(f"  {line}" for line in logger().errors)
+    logger().errors.clear()
+    return lines or "  (it said nothing)"
 
 
 def plan_from_torch(module: Module, component: str, path: Path, precision: str) -> None:

@@ -23,6 +23,7 @@ from export.models.proposal_detector import (
     ProposalDetector,
     inverse_sigmoid,
     sines,
+    use_plugin,
 )
 from tests import goldens
 
@@ -243,3 +244,16 @@ def test_proposals_equal_the_original(case):
     proposals = rank(detected, options["proposal_topk"], options["coco_score_power"], options["sa1b_score_power"])
     for name, got in proposals.items():
         assert_close(torch.from_numpy(got), case.expected[name.replace("proposal_", "ddetr.")])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_plugin_gets_what_tensorrt_expects_of_one_level():
+    attention = DeformableAttention(PROPOSER).eval()
+    inputs = (torch.randn(1, 7, PROPOSER.width), torch.randn(1, CELLS, PROPOSER.width), torch.rand(1, 7, 4))
+    use_plugin(attention)
+    graph = torch.onnx.export(attention, inputs, dynamo=True, verbose=False).model.graph
+    (plugin,) = (node for node in graph if node.op_type == "MultiscaleDeformableAttnPlugin_TRT")
+    shapes = [list(value.shape) for value in (*plugin.inputs, *plugin.outputs)]
+    heads, points, part = PROPOSER.heads, PROPOSER.points, PROPOSER.width // PROPOSER.heads
+    assert shapes == [[1, CELLS, heads, part], [1, 2], [1], [1, 7, heads, 1, points, 2], [1, 7, heads, 1, points], [1, 7, heads, part]]
+    assert [str(value.dtype) for value in plugin.inputs] == ["FLOAT", "INT32", "INT32", "FLOAT", "FLOAT"]

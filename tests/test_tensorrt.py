@@ -3,13 +3,15 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from ensemble.components import components
 from ensemble.config import TINY
-from export import to_tensorrt
+from export import proof, to_tensorrt
 from export.gate import pass_gate
+from export.models import graph_class
 from export.runners import Engine, OnnxGraph, as_stored
 from export.serve import Ports, Server, ServerError
 from export.to_onnx import lower, onnx_from_torch
@@ -17,6 +19,7 @@ from export.to_repository import repository_from_checkpoint, write_configs
 from export.to_tensorrt import TensorRtError, profile
 
 CONTRACTS = components(TINY)
+PART = "prompt_projector"
 
 
 def test_profile_has_every_input_that_varies_within_the_bounds():
@@ -71,6 +74,28 @@ def test_export_without_tensorrt_says_what_is_missing(tiny, tmp_path, monkeypatc
     with pytest.raises(TensorRtError, match="this machine lacks an NVIDIA GPU and the package tensorrt"):
         repository_from_checkpoint(tiny, tmp_path / "repository", lambda made, anew: None, Engine("tensorrt"))
     assert not (tmp_path / "repository").exists()
+
+
+def test_weights_that_a_graph_travels_without_are_drawn_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "LARGE", 1 << 12)
+    module = graph_class(PART)(TINY).eval()
+    module.load_state_dict({name: torch.from_numpy(proof.draw(name, tuple(tensor.shape))) for name, tensor in module.state_dict().items()})
+    path = tmp_path / proof.GRAPH
+    onnx_from_torch(module, PART, path)
+    inputs, size = CONTRACTS[PART].sample(0), path.stat().st_size
+    expected = OnnxGraph(path).run(inputs)
+    weights = proof.take_out(path, module.state_dict())
+    assert len(weights) == 2
+    assert path.stat().st_size < size / 2
+    (tmp_path / proof.WEIGHTS).unlink()
+    case = proof.Case("tiny", PART, "float32", "", weights, {})
+    proof.fill(tmp_path, case)
+    got = OnnxGraph(path).run(inputs)
+    assert all(np.array_equal(got[name], array) for name, array in expected.items())
+
+    monkeypatch.setattr(proof, "draw", lambda name, shape: np.zeros(shape, np.float32))
+    with pytest.raises(TensorRtError, match="draws other values than where the graph was prepared"):
+        proof.fill(tmp_path, case)
 
 
 def test_file_is_never_seen_in_part(tmp_path):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ensemble.config import ModelConfig, ProposerConfig
 
 from .hiera import FeaturePyramid, Hiera
-from .layers import MLP, Attention, Graph, LayerNorm2d, small_random, split_heads
+from .layers import MLP, Attention, Graph, LayerNorm2d, small_random
 
 PROPOSAL_SIDE = 0.05
 """Width and height of the box that each cell starts from, in parts of the image (gen_encoder_output_proposals)."""
@@ -197,6 +197,7 @@ class DeformableAttention(nn.Module):
         self.attention_weights = nn.Linear(proposer.width, self.heads * self.points)
         self.value_proj = nn.Linear(proposer.width, proposer.width)
         self.output_proj = nn.Linear(proposer.width, proposer.width)
+        self.sample = sample_grid
 
     def forward(self, queries: Tensor, memory: Tensor, boxes: Tensor) -> Tensor:
         """Attention over the cells of the map.
@@ -211,15 +212,46 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(queries)
         offsets = offsets.unflatten(2, (self.heads, self.points, 2))  # [N, S, 2 * heads * points] -> [N, S, heads, points, 2]
         centres, sides = boxes[:, :, None, None].chunk(2, -1)  # [N, S, 4] -> 2 x [N, S, 1, 1, 2]
-        at = 2 * (centres + offsets / self.points * sides * 0.5) - 1
-        at = at.transpose(1, 2).flatten(0, 1)  # [N, S, heads, points, 2] -> [N * heads, S, points, 2]
-        weights = split_heads(self.attention_weights(queries), self.heads).softmax(3)  # [N, S, C] -> [N, heads, S, points]
-        values = self.value_proj(memory).transpose(1, 2)  # [N, g * g, C] -> [N, C, g * g]
-        maps = values.reshape(len(at), -1, self.grid, self.grid)  # -> [N * heads, C / heads, g, g]
-        samples = F.grid_sample(maps, at, padding_mode="zeros", align_corners=False)  # -> [N * heads, C / heads, S, points]
-        x = (samples * weights.flatten(0, 1)[:, None]).sum(3)  # -> [N * heads, C / heads, S]
-        out: Tensor = self.output_proj(x.reshape(len(queries), values.shape[1], -1).transpose(1, 2))  # -> [N, C, S] -> [N, S, C]
+        at = centres + offsets / self.points * sides * 0.5  # -> [N, S, heads, points, 2]
+        weights = self.attention_weights(queries).unflatten(2, (self.heads, self.points)).softmax(3)  # -> [N, S, heads, points]
+        values = self.value_proj(memory).unflatten(2, (self.heads, -1))  # [N, g * g, C] -> [N, g * g, heads, C / heads]
+        out: Tensor = self.output_proj(self.sample(values, at, weights, self.grid))
         return out
+
+
+def sample_grid(values: Tensor, at: Tensor, weights: Tensor, grid: int) -> Tensor:
+    """Bilinear samples of a map, weighted and added up, in operators that every engine has.
+
+    Args:
+        values: [N, g * g, heads, C / heads] row-major cells.
+        at: [N, S, heads, points, 2] x and y, normalised; outside of the map there are zeros.
+        weights: [N, S, heads, points]
+        grid: g
+    Returns:
+        [N, S, C]
+    """
+    maps = values.flatten(2).transpose(1, 2).reshape(len(values) * values.shape[2], -1, grid, grid)  # -> [N * heads, C / heads, g, g]
+    places = (2 * at - 1).transpose(1, 2).flatten(0, 1)  # [N, S, heads, points, 2] -> [N * heads, S, points, 2]
+    samples = F.grid_sample(maps, places, padding_mode="zeros", align_corners=False)  # -> [N * heads, C / heads, S, points]
+    x = (samples * weights.transpose(1, 2).flatten(0, 1)[:, None]).sum(3)  # -> [N * heads, C / heads, S]
+    return x.reshape(len(values), -1, at.shape[1]).transpose(1, 2)  # -> [N, S, C]
+
+
+def sample_plugin(values: Tensor, at: Tensor, weights: Tensor, grid: int) -> Tensor:
+    """As `sample_grid`, but as TensorRT's plugin for it: for graphs that TensorRT alone will read. In torch it gives zeros."""
+    shapes, starts = torch.tensor([[grid, grid]], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    given = [values.float(), shapes, starts, at.float()[:, :, :, None], weights.float()[:, :, :, None]]  # of one feature level
+    shape = (values.shape[0], at.shape[1], *values.shape[2:])
+    plugin = "tensorrt.plugins::MultiscaleDeformableAttnPlugin_TRT"
+    out: Tensor = torch.onnx.ops.symbolic(plugin, given, dtype=torch.float32, shape=shape, version=1)  # [N, S, heads, C / heads]
+    return out.flatten(2)
+
+
+def use_plugin(detector: nn.Module) -> None:
+    """Makes a detector's graph sample by TensorRT's plugin."""
+    for layer in detector.modules():
+        if isinstance(layer, DeformableAttention):
+            layer.sample = sample_plugin
 
 
 def sines(x: Tensor, width: int) -> Tensor:
