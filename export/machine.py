@@ -14,6 +14,7 @@ NEEDS = {
     "onnx engines": (("onnxruntime", "pip install 'sparrow-serving[export]'"), ("onnx", "pip install 'sparrow-serving[export]'")),
     "torch engines": (("torch", "pip install torch"),),
     "aoti engines": (("torch", "pip install torch"), ("g++", "install the C++ compiler of your system")),
+    "tensorrt engines": (("tensorrt", "export and serve in NVIDIA's container, or pip install tensorrt"),),
     "8 and 4 bits": (("bitsandbytes", "pip install 'sparrow-serving[quantized]'"),),
     "evaluations": (("scipy", "pip install 'sparrow-serving[eval]'"),),
 }
@@ -60,4 +61,4 @@ def describe() -> Iterator[str]:
         have = {need: found(need) for need, _ in needs}
         missing = [f"{need} is missing: {how}" for need, how in needs if have[need] is None]
         state = "; ".join(missing) if missing else ", ".join(f"{need} {have[need]}" for need in have)
-        yield f"{purpose:<14} {'no ' if missing else 'yes'}  {state}"
+        yield f"{purpose:<16} {'no ' if missing else 'yes'}  {state}"

@@ -85,8 +85,8 @@ def test_doctor_alone_describes_the_machine(gpu, monkeypatch):
     result = CliRunner().invoke(doctor.doctor, [])
     assert result.exit_code == 0
     assert "NVIDIA L4, 23034 MiB, sm_89, driver 550.1" in result.output
-    assert "onnx engines   yes  onnxruntime" in result.output
-    assert "flying         no   wings is missing: grow some" in result.output
+    assert "onnx engines     yes  onnxruntime" in result.output
+    assert "flying           no   wings is missing: grow some" in result.output
     assert "takes the target l4: L4 (sm_89, 24 GB): eager torch" in result.output
     assert "It has not been tried" in result.output
     gpu("NVIDIA TITAN V")
