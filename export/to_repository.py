@@ -342,9 +342,6 @@ def make_engine(module: Module, component: str, engine: Engine, path: Path) -> N
         from .to_aoti import aoti_from_decoder, aoti_from_torch
 
         device = torch_device()
-        from .to_aoti import aoti_from_decoder, aoti_from_torch
-
-        device = torch_device()
         kept: Any = as_stored(module, component, engine.precision).to(device)
         if component == "language_decoder":
             save_module(module, path.with_suffix(ENGINE_SUFFIX["torch"]), engine.precision)
