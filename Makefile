@@ -19,10 +19,13 @@ REPOSITORY ?= build/nano/onnx
 # Runs a server of its own on free ports: add a repository, -- and a command.
 SERVE := $(BIN)/sparrow serve --grpc-port 0 --http-port 0 --metrics-port 0
 
+# Made where there is none on the PATH.
+PERF_ANALYZER := $(if $(shell command -v perf_analyzer),,build/perf_analyzer/perf_analyzer)
+
 CODE := $(wildcard ensemble/*.py export/*.py export/models/*.py model_repository/*/1/model.py)
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # In eager torch: slower than ONNX Runtime, but there is nothing to trace before it starts.
 demo: build/nano/torch/built  ## segment a clip through a real Triton server; VIDEO=file PROMPT="..." for your own
@@ -56,6 +59,11 @@ bench: build/nano/onnx/built  ## measure the nano model's speed through the serv
 	$(SERVE) build/nano/onnx -- $(BIN)/sparrow bench
 	$(BIN)/python -m benchmarks.tables
 
+bench-serving: $(VENV)/dev build/nano/onnx/built $(PERF_ANALYZER)  ## measure it with many callers at once, by perf_analyzer
+	$(SERVE) build/nano/onnx -- $(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.plots
+
 eval: $(VENV)/dev build/nano/onnx/built  ## measure the nano model's accuracy through the server and keep the figures
 	$(BIN)/python -m training.shapes_rvos build/shapes --split test --videos 40
 	@rm -rf build/eval  # answers of an earlier checkpoint
@@ -79,6 +87,9 @@ build/nano/%/built: $(CODE) $(wildcard training/nano/*/*.safetensors) | $(VENV)/
 	$(BIN)/sparrow export training/nano --engine $* -o $(@D)
 	@touch $@
 
+build/perf_analyzer/perf_analyzer: benchmarks/perf_analyzer.sh | $(VENV)/export
+	PYTHON=$(abspath $(BIN))/python $< $(@D)
+
 $(VENV)/export: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and none was found: install one, or make PYTHON=/path/to/it"; exit 1; }
 	@echo "Installing into $(VENV) (once; about two minutes)"
@@ -95,4 +106,4 @@ $(VENV)/dev: $(VENV)/export
 	@SAM2_BUILD_CUDA=0 $(PIP) --no-deps --no-build-isolation sam2==1.1.0
 	@touch $@
 
-.PHONY: help demo test soak check fix generate bench eval serve clean
+.PHONY: help demo test soak check fix generate bench bench-serving eval serve clean

@@ -19,16 +19,23 @@ RESULTS = Path(__file__).parent / "results"
 def record(
     suite: str, workload: str, metric: str, value: float | np.floating[Any], unit: str, samples: Sequence[float], env: dict[str, Any]
 ) -> dict[str, Any]:
-    """A figure; `spread` is the interquartile range of the samples that it was computed from, in its unit."""
+    """A figure with the samples that it was computed from."""
     low, high = np.percentile(samples, [25, 75])
+    return figure(suite, workload, metric, value, unit, len(samples), float(f"{high - low:.6g}"), env)
+
+
+def figure(
+    suite: str, workload: str, metric: str, value: float | np.floating[Any], unit: str, n: int, spread: float | None, env: dict[str, Any]
+) -> dict[str, Any]:
+    """A figure of `n` samples; `spread` is their interquartile range, in its unit, where it is known."""
     return {
         "suite": suite,
         "workload": workload,
         "metric": metric,
         "value": float(f"{value:.6g}"),
         "unit": unit,
-        "n": len(samples),
-        "spread": float(f"{high - low:.6g}"),
+        "n": n,
+        "spread": spread,
         "env": env,
     }
 

@@ -1,29 +1,38 @@
 """Renders the tables of the documents from results/: `python -m benchmarks.tables [--check]`.
 
-A table stands between `<!-- results: cpu/serving -->` and `<!-- end -->`.
+A table stands between `<!-- results: cpu/serving -->` and `<!-- end -->`. Patterns behind the name, as in `cpu/serving *@1 *@8`, leave
+only the workloads that match one of them.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from .records import RESULTS, latest
 
 ROOT = RESULTS.parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "training" / "nano" / "README.md", *sorted((ROOT / "docs" / "parity").glob("*.md")))
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "training" / "nano" / "README.md",
+    ROOT / "docs" / "load.md",
+    *sorted((ROOT / "docs" / "parity").glob("*.md")),
+)
 SHOWN = ("gpu", "driver", "torch", "tritonserver", "preset", "precision", "git", "date")
 """What a table says of the machine and the server that it was measured on."""
 
 
-def table(results: Path) -> str:
+def table(results: Path, workloads: Sequence[str]) -> str:
     """A Markdown table of the latest figures of the preset that was measured last, and what they were measured on."""
-    lines = latest(results)
+    lines = {key: line for key, line in latest(results).items() if any(fnmatchcase(key[0], pattern) for pattern in workloads)}
     preset = next(reversed(lines.values()))["env"]["preset"]
     lines = {key: line for key, line in lines.items() if line["env"]["preset"] == preset}
     rows = [
-        f"| {workload} | {metric} | {line['value']:.4g} {line['unit']} | {line['n']} | {line['spread']:.4g} |"
+        f"| {workload} | {metric} | {line['value']:.4g} {line['unit']} | {line['n']} | {spread(line)} |"
         for (workload, metric), line in lines.items()
     ]
     env = next(reversed(lines.values()))["env"]
@@ -31,13 +40,18 @@ def table(results: Path) -> str:
     return "\n".join(["| workload | metric | value | n | interquartile range |", "|---|---|---|---|---|", *rows, "", f"On {measured}."])
 
 
+def spread(line: dict[str, Any]) -> str:
+    return "" if line["spread"] is None else f"{line['spread']:.4g}"
+
+
 def render(text: str) -> str:
     """`text` with every table rendered anew."""
 
     def replace(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{table(RESULTS / f'{match[2]}.jsonl')}\n<!-- end -->"
+        name, *workloads = match[2].split()
+        return f"{match[1]}\n{table(RESULTS / f'{name}.jsonl', workloads or ['*'])}\n<!-- end -->"
 
-    return re.sub(r"(<!-- results: (\S+) -->).*?<!-- end -->", replace, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- results: ([^>]+) -->).*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 def main(check: bool) -> int:
