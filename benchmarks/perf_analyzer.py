@@ -64,7 +64,7 @@ def find() -> str:
     found = shutil.which("perf_analyzer") or next((path for place in PLACES if (path := shutil.which("perf_analyzer", path=place))), None)
     if found is None:
         raise PerfAnalyzerError(
-            "perf_analyzer: not on the PATH. Get it: benchmarks/perf_analyzer.sh build/perf_analyzer, or take NVIDIA's Triton SDK container."
+            "perf_analyzer: not found on the PATH. Get it: benchmarks/perf_analyzer.sh build/perf_analyzer; NVIDIA's SDK image has it."
         )
     return found
 
@@ -85,6 +85,7 @@ def measure(pack: Pack, load: Load, url: str, data: Path) -> Latency:
     run([*words, f"--request-count={WARM_UP * load.concurrency}"])
     words += [f"--request-count={pack.requests}", "--verbose-csv", "-f", str(report)]
     if pack.model == SPARROW:  # it writes all that was sent as text as well, which is too much of raw frames
+        profile.unlink(missing_ok=True)  # it refuses to write another
         words.append(f"--profile-export-file={profile}")
     run(words)
     return latency(report.read_text(), profile.read_bytes() if pack.model == SPARROW else b"")
