@@ -70,6 +70,9 @@ eval: $(VENV)/dev build/nano/onnx/built  ## measure the nano model's accuracy th
 	$(SERVE) build/nano/onnx -- $(BIN)/sparrow eval shapes-rvos --data build/shapes --ablations -o build/eval
 	$(BIN)/python -m benchmarks.tables
 
+verify-container:  ## build TensorRT engines in NVIDIA's container and serve them there; TRITON_IMAGE=its tritonserver
+	REPOSITORY=. docker compose run --build --rm verify
+
 serve: $(VENV)/export $(if $(filter build/nano/%,$(REPOSITORY)),$(REPOSITORY)/built)  ## run the server; REPOSITORY=folder for your own
 	$(BIN)/sparrow serve "$(REPOSITORY)"
 
@@ -106,4 +109,4 @@ $(VENV)/dev: $(VENV)/export
 	@SAM2_BUILD_CUDA=0 $(PIP) --no-deps --no-build-isolation sam2==1.1.0
 	@touch $@
 
-.PHONY: help demo test soak check fix generate bench bench-serving eval serve clean
+.PHONY: help demo test soak check fix generate bench bench-serving eval verify-container serve clean
