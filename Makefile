@@ -42,6 +42,7 @@ check: $(VENV)/dev  ## formatting, lint, types, generated files; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck benchmarks/*.sh docker/*.sh
 	$(BIN)/python -m export.generate --check
 	$(BIN)/python -m benchmarks.tables --check
 

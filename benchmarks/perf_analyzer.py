@@ -88,7 +88,7 @@ def measure(pack: Pack, load: Load, url: str, data: Path) -> Latency:
         profile.unlink(missing_ok=True)  # it refuses to write another
         words.append(f"--profile-export-file={profile}")
     run(words)
-    return latency(report.read_text(), profile.read_bytes() if pack.model == SPARROW else b"")
+    return latency(report.read_text(), profile.read_bytes() if pack.model == SPARROW else b"", pack.requests)
 
 
 def arguments(pack: Pack, load: Load, url: str, data: Path) -> list[str]:
@@ -114,9 +114,13 @@ def run(words: Sequence[str]) -> None:
         )
 
 
-def latency(report: str, profile: bytes) -> Latency:
-    """What a run wrote: its CSV, and the profile, of which only the times are read, since its tensors are not always JSON."""
+def latency(report: str, profile: bytes, requests: int) -> Latency:
+    """What a run wrote: its CSV, and the profile of its requests, of which only the times are read, since its tensors are not always JSON.
+
+    A profile can break off: older versions write an output that a response lacks as whatever is in memory, and stop at a NaN. It is left
+    out then, since the requests that came first do not stand for all.
+    """
     (row,) = csv.DictReader(report.splitlines())
     mean, p50, p99 = (float(row[f"{name} latency"]) / 1000 for name in ("Avg", "p50", "p99"))
     times = re.findall(rb'"timestamp":(\d+),.*?"response_timestamps":\[(\d+)', profile, re.DOTALL)
-    return Latency(mean, p50, p99, [(int(first) - int(sent)) / 1e6 for sent, first in times])
+    return Latency(mean, p50, p99, [(int(first) - int(sent)) / 1e6 for sent, first in times] if len(times) >= requests else [])

@@ -35,6 +35,7 @@ def under_load(results: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
 def draw(lines: dict[tuple[str, int, str], dict[str, Any]], path: Path) -> None:
     """Draws the figures of a machine as SVG."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     plt.rcParams |= {"svg.hashsalt": "sparrow", "svg.fonttype": "none", "font.size": 9}
     figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3.2), constrained_layout=True)
@@ -42,7 +43,9 @@ def draw(lines: dict[tuple[str, int, str], dict[str, Any]], path: Path) -> None:
         for pack in dict.fromkeys(pack for pack, _, metric in lines if metric == metrics[0]):
             draw_pack(axis, lines, pack, *metrics)
         axis.set(title=f"{title}: p50, and up to p99", xlabel="at once", ylabel="ms", xscale="log", yscale="log")
-        axis.set_xticks(counts := sorted({count for _, count, _ in lines}), [str(count) for count in counts], minor=False)
+        axis.set_xticks(counts := sorted({count for _, count, _ in lines}), counts)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
