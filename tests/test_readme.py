@@ -19,6 +19,6 @@ def test_python_of_the_readme_runs(block, server, capsys):
 def test_targets_and_files_of_the_readme_are_there():
     root = Path(__file__).parent.parent
     targets = set(re.findall(r"^([a-z-]+):.*##", (root / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"`make ([a-z]+)", README)) | set(re.findall(r"^make ([a-z]+)", README, re.MULTILINE)) <= targets
+    assert set(re.findall(r"`make ([a-z-]+)", README)) | set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)) <= targets
     for link in re.findall(r"\]\(([^)]+)\)", README):
         assert (root / link).exists(), link
