@@ -416,8 +416,10 @@ class TorchDecoder(DecoderEnds):
 
     def _run(self, token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """One more token [n] behind each of the first n answers, of their lengths [n]: logits [n, V] and final-norm states [n, H]."""
+        from .models.layers import several
+
         assert isinstance(self._embedder, TensorGraph)
-        embeddings: Any = self._embedder.call(token_ids)
+        (embeddings,) = several(self._embedder.call(token_ids))
         caches = self._keys[:, : len(lengths)], self._values[:, : len(lengths)]
         with self._place.inference():
             return self._decoder.decode_(embeddings.float()[:, None], lengths[:, None], *caches, self._layer)

@@ -23,6 +23,10 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import IO
 
+from .machine import gpu_names
+
+GPU_POOL_BYTES = 256 << 20
+"""For tensors on their way between models on the GPU, of which those of a frame take 17 MB; what finds no room goes by way of the host."""
 STOP_TIMEOUT_S = 10
 POLL_S = 0.1
 SHARED_MEMORY = Path("/dev/shm")
@@ -127,6 +131,8 @@ class Server:
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={STOP_TIMEOUT_S // 2}",
         ]
+        if gpu_names():
+            command.append(f"--cuda-memory-pool-byte-size=0:{GPU_POOL_BYTES}")
         environment = {
             "OMP_WAIT_POLICY": "passive",  # threads of torch that spin while they wait would take the cores from the other models
             **os.environ,
