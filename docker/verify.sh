@@ -36,7 +36,7 @@ serve() {
 ask() {
     serve "$work/$1" > "$work/$1.log" 2>&1 &
     server=$!
-    trap 'kill "$server"' EXIT
+    trap 'kill "$server" 2> /dev/null' EXIT
     until curl --fail --silent "localhost:$http/v2/health/ready"; do
         kill -0 "$server" 2> /dev/null || fail "$1: the server did not start. See $work/$1.log"
         sleep 1
