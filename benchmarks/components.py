@@ -148,7 +148,7 @@ def decode_lines(folder: Path, made: Manifest, config: ModelConfig, name: str, e
         prefills, steps = [], []
         for slot in [0] * WARM_UP + list(range(answers)):
             start = time.perf_counter()
-            decoder.prefill(slot, prompt)
+            decoder.prefill(slot, [prompt])
             prefills.append(1000 * (time.perf_counter() - start))
         for _ in range(WARM_UP + NEW_TOKENS):
             start = time.perf_counter()

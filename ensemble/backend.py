@@ -243,33 +243,33 @@ class BlsRunner:
     """
 
     def __init__(self, config: ModelConfig, graphs: Mapping[str, Graph], device: Device) -> None:
-        contracts = components(config)
-        self._outputs = {name: [spec.name for spec in component.outputs] for name, component in contracts.items()}
-        # Only graphs leave their outputs on the GPU.
-        self._gpu_memory = {name for name, component in contracts.items() if component.is_graph and device.on_gpu}
+        self._outputs = {name: [spec.name for spec in component.outputs] for name, component in components(config).items()}
         self._graphs, self._device = graphs, device
         self._locks: defaultdict[str, Lock] = defaultdict(Lock)
 
-    def run(self, component: str, inputs: Arrays) -> Arrays:
+    def run(self, component: str, inputs: Arrays, on_device: bool = False) -> dict[str, DeviceArray]:
+        on_device = on_device and self._device.on_gpu
         if component not in self._graphs:
-            return self._exec(component, inputs)
+            gpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, 0)
+            return self._exec(component, inputs, **({"preferred_memory": gpu} if on_device else {}))
+        graph = self._graphs[component]
         with self._locks[component]:
-            return self._graphs[component].run(inputs)
+            return self._device.run(graph, inputs) if on_device else graph.run(inputs)
 
     def session(self, component: str, parameters: Parameters) -> Session:
         def send(request: SequenceRequest) -> Arrays:
             flags = request.start * pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START
             flags |= request.end * pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END
             sequence = {"correlation_id": request.session_id, "flags": flags, "parameters": dict(request.parameters)}
+            if any(not isinstance(array, np.ndarray) for array in request.inputs.values()):
+                self._device.wait()
             return strip_batch(self._exec(component, add_batch(request.inputs), **sequence))
 
         return Session(component, secrets.randbits(63) | 1, parameters, send)
 
-    def _exec(self, component: str, inputs: Arrays, **sequence: Any) -> Arrays:
-        if component in self._gpu_memory:
-            sequence["preferred_memory"] = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, 0)
+    def _exec(self, component: str, inputs: Mapping[str, DeviceArray], **more: Any) -> dict[str, DeviceArray]:
         request = pb_utils.InferenceRequest(
-            model_name=component, requested_output_names=self._outputs[component], inputs=to_tensors(inputs), **sequence
+            model_name=component, requested_output_names=self._outputs[component], inputs=to_tensors(inputs), **more
         )
         response = request.exec()
         if response.has_error():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -13,7 +13,7 @@ from . import settings
 from .components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER, components
 from .config import ModelConfig
 from .errors import Cancelled, InvalidInput, SparrowError
-from .runner import Parameters, SequenceRequest
+from .runner import DeviceArray, Parameters, SequenceRequest
 from .sampling import Sampling, draw, greedy
 from .sessions import SessionStore
 from .tensors import Array, Arrays
@@ -30,8 +30,8 @@ class Decoder(Protocol):
     def embed(self, token_ids: list[int]) -> Array:
         """[S, H] float32 rows of the embedding table."""
 
-    def prefill(self, slot: int, embeddings: Array) -> tuple[Array, Array]:
-        """Fills an empty slot with [S, H] embeddings; logits [V] and final-norm state [H] after the last one."""
+    def prefill(self, slot: int, embeddings: Sequence[DeviceArray]) -> tuple[Array, Array]:
+        """Fills an empty slot with embeddings, [S, H] in pieces; logits [V] and final-norm state [H] after the last one."""
 
     def decode(self, slots: list[int], token_ids: list[int]) -> tuple[Array, Array]:
         """Appends one token to each of n slots; logits [n, V] and final-norm states [n, H]."""
@@ -123,11 +123,10 @@ class LanguageModel:
                 return Turn(Answer(NO_SLOT, 0, finished=True), 0)
             return Turn(self.sessions.get(request.session_id), num_tokens)
         embeddings = self._embeddings(request.inputs)
-        if len(embeddings) > self._config.max_sequence:
-            raise InvalidInput(
-                f"language_model: got {len(embeddings)} tokens, expected at most {self._config.max_sequence}. Shorten the prompt."
-            )
-        answer = self.sessions.open(request.session_id, Answer(NO_SLOT, len(embeddings), chooser(request.parameters)))
+        length = sum(map(len, embeddings))
+        if length > self._config.max_sequence:
+            raise InvalidInput(f"language_model: got {length} tokens, expected at most {self._config.max_sequence}. Shorten the prompt.")
+        answer = self.sessions.open(request.session_id, Answer(NO_SLOT, length, chooser(request.parameters)))
         used = {other.slot for other in self.sessions.states()}
         answer.slot = next(slot for slot in range(settings.MAX_GENERATIONS) if slot not in used)
         turn = Turn(answer, max(1, num_tokens))
@@ -138,15 +137,19 @@ class LanguageModel:
             raise
         return turn
 
-    def _embeddings(self, inputs: Arrays) -> Array:
-        """The prompt with visual and target tokens in the place of their placeholders: [S, H]."""
+    def _embeddings(self, inputs: Arrays) -> list[DeviceArray]:
+        """The prompt with visual and target tokens in the place of their placeholders: [S, H] in pieces."""
         if "prompt_ids" not in inputs or "visual_tokens" not in inputs:
             raise InvalidInput("language_model: got START without prompt_ids and visual_tokens. Add them to the request.")
         ids = inputs["prompt_ids"]
         nothing = np.zeros((0, self._config.language.width), np.float32)
         tokens = {VISUAL_PLACEHOLDER: inputs["visual_tokens"], TARGET_PLACEHOLDER: inputs.get("target_tokens", nothing)}
         words = self._decoder.embed(np.maximum(ids, 0).tolist())
-        return np.concatenate([tokens.get(id, word[None]) for id, word in zip(ids.tolist(), words, strict=True)])
+        pieces, start = [], 0
+        for index in np.flatnonzero(ids < 0):
+            pieces += [words[start:index], tokens[int(ids[index])]]
+            start = index + 1
+        return [*pieces, words[start:]]
 
     def _accept(self, turn: Turn, logits: Array, state: Array) -> None:
         answer, token_id = turn.answer, turn.answer.choose(logits)

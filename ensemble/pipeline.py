@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -27,7 +28,7 @@ from .errors import InvalidInput
 from .generation import SAMPLING
 from .options import Options
 from .prompt import check_prompt, phrases, prompt_ids
-from .runner import Parameters, Runner, open_session
+from .runner import DeviceArray, Parameters, Runner, open_session
 from .sampling import Sampling
 from .tensors import Array, Arrays
 from .tokenizer import Tokenizer
@@ -175,7 +176,7 @@ class Pipeline:
         with timings.stage("vision"):
             indices = preprocess.encoder_indices(len(clip.frames), self.config.num_frames) if clip.is_video else [0]
             seen = clip.frames[indices]
-            request: Arrays = {"prompt_ids": ids, "visual_tokens": self._visual_tokens(seen, clip.is_video)}
+            request: dict[str, Any] = {"prompt_ids": ids, "visual_tokens": self._visual_tokens(seen, clip.is_video)}
             request |= self._target_tokens(indices, inputs, clip, options)
         sampling = Sampling(options.temperature, options.top_k, options.seed)
         parameters = {SAMPLING: sampling.to_json()} if options.do_sample else {}
@@ -202,21 +203,21 @@ class Pipeline:
             return {"target_tokens": np.zeros((most, self.config.language.width), np.float32)}
         else:
             return {}
-        features = self._image_tokens(crops).mean(1)  # [n, S, H] -> [n, H]
+        features = self.runner.run("image_encoder", self._context_frames(crops))["image_tokens"].mean(1)  # [n, S, H] -> [n, H]
         return {"target_tokens": targets.medoids(features, options.target_tokens, options.target_kmeans_steps)[:most]}
 
-    def _visual_tokens(self, seen: Array, is_video: bool) -> Array:
+    def _visual_tokens(self, seen: Array, is_video: bool) -> DeviceArray:
         """[S, H] float32."""
+        context = self._context_frames(list(seen))
         if not is_video:
-            return self._image_tokens(list(seen)).squeeze(0)  # [1, S, H] -> [S, H]
+            return self.runner.run("image_encoder", context, on_device=True)["image_tokens"][0]  # [1, S, H] -> [S, H]
         video = np.stack([preprocess.video_frame(frame, self.config) for frame in seen])
-        context = np.stack([preprocess.context_frame(frame, self.config) for frame in seen])
-        return self.runner.run("vision_encoder", {"video_frames": video, "context_frames": context})["visual_tokens"]
+        return self.runner.run("vision_encoder", {"video_frames": video, **context}, on_device=True)["visual_tokens"]
 
-    def _image_tokens(self, pictures: Sequence[Array]) -> Array:
-        """[n, S, H] float32."""
-        context = np.stack([preprocess.context_frame(picture, self.config) for picture in pictures])
-        return self.runner.run("image_encoder", {"context_frames": context})["image_tokens"]
+    def _context_frames(self, pictures: Sequence[Array]) -> Arrays:
+        """Input of image_encoder."""
+        with ThreadPoolExecutor() as pool:  # resizing leaves the interpreter to others
+            return {"context_frames": np.stack(list(pool.map(partial(preprocess.context_frame, config=self.config), pictures)))}
 
     def _proposals(self, clip: Clip, options: Options, timings: Timings) -> Arrays:
         """Boxes of frame 0."""
@@ -395,7 +396,7 @@ class FrameFeatures:
         with self._timings.stage("preprocess"):
             frame = preprocess.encoder_frame(self._clip.frames[index], self._pipeline.config)
         with self._timings.stage("encode"):
-            return self._pipeline.runner.run("frame_encoder", {name: array[None] for name, array in frame.items()})
+            return self._pipeline.runner.run("frame_encoder", {name: array[None] for name, array in frame.items()}, on_device=True)
 
 
 NO_PROPOSALS: Arrays = {"proposal_boxes": np.zeros((0, 4), np.float32), "proposal_scores": np.zeros(0, np.float32)}

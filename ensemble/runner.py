@@ -64,8 +64,14 @@ class Session:
 class Runner(Protocol):
     """Calls components by name."""
 
-    def run(self, component: str, inputs: Arrays) -> Arrays:
-        """One call of a component without state; raises SparrowError."""
+    def run(self, component: str, inputs: Arrays, on_device: bool = False) -> dict[str, Any]:
+        """One call of a component without state; raises SparrowError.
+
+        Args:
+            component: its name.
+            inputs: arrays, or what an earlier call has left on a device.
+            on_device: leaves the outputs on the GPU that has computed them, for other components; else they are NumPy's.
+        """
 
     def session(self, component: str, parameters: Parameters) -> Session:
         """A new sequence of a component with state."""
@@ -188,7 +194,7 @@ class LocalRunner:
         """Component to its server; filled by the caller, since these need a runner themselves."""
         self._ids = count(1)
 
-    def run(self, component: str, inputs: Arrays) -> Arrays:
+    def run(self, component: str, inputs: Arrays, on_device: bool = False) -> Arrays:
         return self.graphs[component].run(inputs)
 
     def session(self, component: str, parameters: Parameters) -> Session:

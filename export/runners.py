@@ -332,9 +332,9 @@ class GraphDecoder(DecoderEnds):
         self._empty = np.zeros((language.layers, 1, language.heads, 0, language.width // language.heads), np.float32)
         self._caches: dict[int, tuple[Array, Array]] = {}
 
-    def prefill(self, slot: int, embeddings: Array) -> tuple[Array, Array]:
+    def prefill(self, slot: int, embeddings: Sequence[Array]) -> tuple[Array, Array]:
         self._caches[slot] = self._empty, self._empty
-        return self._append(slot, embeddings)
+        return self._append(slot, np.concatenate(embeddings))
 
     def decode(self, slots: list[int], token_ids: list[int]) -> tuple[Array, Array]:
         results = [self._append(slot, row[None]) for slot, row in zip(slots, self.embed(token_ids), strict=True)]
@@ -385,12 +385,15 @@ class TorchDecoder(DecoderEnds):
         self._keys, self._values = self._empty(0, 0), self._empty(0, 0)
         self._forget()
 
-    def prefill(self, slot: int, embeddings: Array) -> tuple[Array, Array]:
-        self._reserve(slot + 1, len(embeddings))
-        rows = slice(slot, slot + 1)
+    def prefill(self, slot: int, embeddings: Sequence[Array | Tensor]) -> tuple[Array, Array]:
+        import torch
+
+        length, rows = sum(map(len, embeddings)), slice(slot, slot + 1)
+        self._reserve(slot + 1, length)
         with self._place.inference():
-            tensors = self._decoder.prefill_(self._place.device.put(embeddings[None]), self._keys[:, rows], self._values[:, rows])
-        self._lengths[slot] = len(embeddings)
+            whole = torch.cat([self._place.device.put(piece) for piece in embeddings])[None]
+            tensors = self._decoder.prefill_(whole, self._keys[:, rows], self._values[:, rows])
+        self._lengths[slot] = length
         logits, states = map(self._place.device.host, tensors)
         return logits[0], states[0]
 
@@ -535,7 +538,7 @@ def open_decoder(parameters: Mapping[str, str], folder: Path, config: ModelConfi
     if bits := QUANTIZATION_BITS[engine.quantization]:
         quantize(module, bits, torch_device())
     decoder = TorchDecoder(module, embedder, projector, engine.precision, layer)
-    decoder.prefill(0, np.zeros((1, config.language.width), np.float32))
+    decoder.prefill(0, [np.zeros((1, config.language.width), np.float32)])
     for _ in range(2):  # the second is captured
         decoder.decode([0], [0])
     return decoder

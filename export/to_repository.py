@@ -121,7 +121,9 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
     # One process, also where there are several GPUs: state is in it, and frames of a session cannot overtake each other.
     fields["instance_group"] = [{"kind": kind, "count": 1}]
     if model.name == "tracker":
-        parameters |= {**asdict(Limits()), "FORCE_CPU_ONLY_INPUT_TENSORS": "no"}  # features stay on the GPU that they were computed on
+        parameters |= asdict(Limits())
+    if model.serving == "sequence":
+        parameters["FORCE_CPU_ONLY_INPUT_TENSORS"] = "no"  # features stay on the GPU that they were computed on
     if parameters:
         fields["parameters"] = {name: {"string_value": str(value)} for name, value in parameters.items()}
     if batched:

@@ -36,6 +36,7 @@ class ScriptedDecoder:
 
     def prefill(self, slot, embeddings):
         assert 0 <= slot < settings.MAX_GENERATIONS
+        embeddings = np.concatenate(embeddings)
         assert embeddings.dtype == np.float32
         self.prompts.append((slot, embeddings))
         self._slots[slot] = [int(embeddings[:, STORY].max()), 0]

@@ -27,9 +27,9 @@ class Recorder:
     def __init__(self, runner):
         self._runner, self.calls = runner, []
 
-    def run(self, component, inputs):
+    def run(self, component, inputs, on_device=False):
         self.calls.append(component)
-        return self._runner.run(component, inputs)
+        return self._runner.run(component, inputs, on_device)
 
     def session(self, component, parameters):
         return self._runner.session(component, parameters)

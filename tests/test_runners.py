@@ -77,13 +77,13 @@ def test_cache_grows_with_answers_and_positions_without_changing_them():
     rng = np.random.default_rng(0)
     prompts = [rng.standard_normal((length, WIDTH)).astype(np.float32) for length in (POSITIONS_STEP - 2, 9)]
     for slot, prompt in enumerate(prompts):
-        growing.prefill(slot, prompt)
+        growing.prefill(slot, [prompt])
     for token_id in (5, 6, 7, 8):  # over the end of the first step
         logits, states = growing.decode([0, 1], [token_id, token_id])
 
     for slot, prompt in enumerate(prompts):
         whole = np.concatenate([prompt, fresh.embed([5, 6, 7, 8])])
-        expected = fresh.prefill(0, whole)
+        expected = fresh.prefill(0, [whole])
         np.testing.assert_allclose(logits[slot], expected[0], atol=1e-4)  # float32 summation order
         np.testing.assert_allclose(states[slot], expected[1], atol=1e-4)
 
@@ -91,5 +91,5 @@ def test_cache_grows_with_answers_and_positions_without_changing_them():
 def test_cache_ends_with_what_a_token_may_see():
     config = replace(TINY, language=replace(TINY.language, layers=1))
     decoder = TorchDecoder(graph_class("language_decoder")(config).eval(), None, None)
-    decoder.prefill(0, np.zeros((config.max_sequence - 1, WIDTH), np.float32))
+    decoder.prefill(0, [np.zeros((config.max_sequence - 1, WIDTH), np.float32)])
     assert decoder._keys.shape[3] == ring_slots(config) == config.language.sliding_window + 1
