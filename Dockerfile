@@ -3,6 +3,7 @@
 #   docker build --build-arg TRITON_IMAGE=<NVIDIA's tritonserver, 25.01-py3 or later> -t sparrow-serving .
 #   docker run --gpus all --shm-size 4g -p 8001:8001 -v /path/to/repository:/models:ro sparrow-serving
 #
+# A repository of TensorRT plans needs the Python package of the image's own TensorRT as well: --build-arg TENSORRT=<its version>.
 # Weights and engines are mounted, never baked in. 64 MB of shared memory, Docker's default, is too little for frame tensors.
 # The target `builder` makes TensorRT engines for this server: it is the same image, and takes the TensorRT that is in it.
 ARG TRITON_IMAGE
@@ -13,8 +14,9 @@ COPY . .
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM ${TRITON_IMAGE} AS server
+ARG TENSORRT
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir --break-system-packages "$(ls /wheels/*.whl)[models]" \
+RUN pip install --no-cache-dir --break-system-packages "$(ls /wheels/*.whl)[models]" ${TENSORRT:+"tensorrt==${TENSORRT}"} \
     && useradd --uid 10001 --create-home --shell /usr/sbin/nologin sparrow
 USER 10001
 EXPOSE 8000 8001 8002
