@@ -24,7 +24,7 @@ import numpy as np
 from .records import RESULTS, command, nvidia_smi, record
 
 TENSORRT = "8.6"
-AT_ONCE = 6
+AT_ONCE = 8
 """Builds beside each other: each keeps one core busy."""
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Real TensorRT engines of every graph at nano size, and of some at full size: built, gated and measured with TensorRT 8.6 on this GPU.
 #   python -m export.proof prepare build/proof       before, where torch, onnx and onnxscript are; carry build/proof to the GPU
-#   benchmarks/tensorrt86.sh BUNDLE OUT              BUNDLE: the unpacked TensorRT 8.6 with its Python 3.10 (env.sh in it); 6 minutes
+#   benchmarks/tensorrt86.sh BUNDLE OUT              BUNDLE: the unpacked TensorRT 8.6 with its Python 3.10 (env.sh in it); seven minutes
 set -euo pipefail
 bundle=$(realpath "${1:?usage: benchmarks/tensorrt86.sh BUNDLE OUT}")
 out=${2:?usage: benchmarks/tensorrt86.sh BUNDLE OUT}
