@@ -74,10 +74,12 @@ message by the tracker itself."""
 
 
 def engine_of(model: str, engine: Engine) -> Engine:
-    """How a Triton model runs in a repository of `engine`: a language model writes its cache in place, which takes torch."""
+    """How a Triton model runs in a repository of `engine`: a language model writes its cache in place, which takes torch. Its layers are
+    compiled for a GPU alone: on a CPU they are no faster so.
+    """
     if model != "language_model":
         return replace(engine, quantization="none")
-    compiled = engine.engine_kind == "aoti" and engine.quantization == "none"
+    compiled = engine.engine_kind == "aoti" and engine.quantization == "none" and torch_device() == "cuda"
     return engine if compiled else replace(engine, engine_kind="torch")
 
 

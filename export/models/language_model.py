@@ -15,8 +15,8 @@ from ensemble.config import LanguageConfig, ModelConfig
 
 from .layers import Graph, several
 
-Write = Callable[[Tensor, int, Tensor, Tensor], Tensor]
-"""(cache of one layer, axis, indices, new rows) to that cache with the rows: `Tensor.scatter`, or `Tensor.scatter_` in place."""
+Write = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(cache of one layer [N, heads, slots, C / heads], slots [N, S], new tokens [N, heads, S, C / heads]) to the cache with the tokens."""
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(queries, keys and values [N, heads, S, C / heads] of new tokens, caches of one layer) to (mixed values, caches with the tokens)."""
 
@@ -91,7 +91,7 @@ class LanguageDecoder(Graph):
             final_states: [N, C] float, the state that `lm_head` turned into them.
             new_key_cache, new_value_cache: the caches with the new tokens.
         """
-        step = self._step(positions, over_cache(self.visible(positions, key_cache.shape[3]), positions, Tensor.scatter))
+        step = self._step(positions, over_cache(self.visible(positions, key_cache.shape[3]), positions, with_tokens))
         x, caches = token_embeddings, []
         for index, layer in enumerate(self.layers):
             x, *written = layer(x, step, key_cache[index], value_cache[index])
@@ -115,7 +115,7 @@ class LanguageDecoder(Graph):
             layer: a compiled `DecodeLayer` that stands for every layer.
         """
         visible = self.visible(positions, key_cache.shape[3])
-        step = self._step(positions, over_cache(visible, positions, Tensor.scatter_))
+        step = self._step(positions, over_cache(visible, positions, write_))
         if layer is None:
             return self._through(token_embeddings, step, key_cache, value_cache)
         x = token_embeddings
@@ -170,12 +170,23 @@ def over_cache(visible: Tensor, positions: Tensor, write: Write) -> Attend:
     """Attention over the caches, to which the new tokens are written first."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        slots = (positions % keys.shape[2])[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])  # [N, S] -> [N, heads, S, C / heads]
-        keys = write(keys, 2, slots, k.to(keys.dtype))
-        values = write(values, 2, slots, v.to(values.dtype))
+        slots = positions % keys.shape[2]
+        keys = write(keys, slots, k.to(keys.dtype))
+        values = write(values, slots, v.to(values.dtype))
         return F.scaled_dot_product_attention(q, keys, values, visible), keys, values
 
     return attend
+
+
+def with_tokens(cache: Tensor, slots: Tensor, new: Tensor) -> Tensor:
+    """`Write` that leaves the cache as it is."""
+    return cache.scatter(2, slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3]), new)
+
+
+def write_(cache: Tensor, slots: Tensor, new: Tensor) -> Tensor:
+    """`Write` in place; indexed, because compiled code copies the whole cache for a scatter."""
+    cache[torch.arange(cache.shape[0], device=cache.device)[:, None], :, slots] = new.transpose(1, 2)
+    return cache
 
 
 def over_prompt(visible: Callable[[Tensor, int], Tensor], positions: Tensor, window: int | None) -> Attend:
@@ -233,7 +244,7 @@ class DecodeLayer(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, visible: Tensor, keys: Tensor, values: Tensor, *weights: Tensor
     ) -> Tensor:
         """[N, 1, C] through the layer; the other arguments as in `Step`, `over_cache` and `Layer`."""
-        step = Step(cos, sin, over_cache(visible, positions, Tensor.scatter_))
+        step = Step(cos, sin, over_cache(visible, positions, write_))
         x, _, _ = torch.func.functional_call(self.layer[0], dict(zip(self.names, weights, strict=True)), (x, step, keys, values))
         return x
 
