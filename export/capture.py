@@ -73,13 +73,15 @@ class Captured:
         from .models.layers import several
 
         if Captured._pool is None:
-            Captured._pool = torch.cuda.graph_pool_handle()
+            Captured._pool = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(Captured._pool):  # lives as long as the process: a pool ends with its last graph
+                torch.zeros(1, device="cuda")
         places = [self._place(index, tensor) for index, tensor in enumerate(inputs)]
         for place, tensor in zip(places, inputs, strict=True):
             place.copy_(tensor)
         torch.cuda.synchronize()
         idle, graph = torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=Captured._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=Captured._pool.pool(), capture_error_mode="thread_local"):
             results = several(self._call(*places))
         Captured.pool_bytes += torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - idle
         return Capture(graph, places, results)

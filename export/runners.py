@@ -227,7 +227,8 @@ class TensorGraph:
         from .models.layers import several
 
         tensors = zip(self._outputs, several(self._captured(*(inputs[name] for name in self._inputs))), strict=True)
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
+        # Other processes take what is in C order alone.
+        return {name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous() for name, tensor in tensors}
 
 
 class TorchGraph(TensorGraph):
