@@ -18,26 +18,35 @@ from .targets import AUTO, TargetError, find_target, ran_on
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("components", nargs=-1)
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Model repository to write.")
 @click.option("--target", default=AUTO, show_default=True, help="auto: of this machine's GPU; a name (cpu, h100, l4, ...) or a .toml file.")
 @click.option("--engine", type=click.Choice(list(ENGINE_SUFFIX)), help="What the graphs run in, in float32: instead of a target.")
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Instead of the target's; ONNX has no bfloat16.")
 @click.option("--quantization", type=click.Choice(list(QUANTIZATION_BITS)), help="Of the language model's layers, instead of the target's.")
-def export(checkpoint: Path, out: Path, target: str, engine: str | None, precision: str | None, quantization: str | None) -> None:
-    """Turn CHECKPOINT into a model repository.
+def export(
+    checkpoint: Path,
+    components: tuple[str, ...],
+    out: Path,
+    target: str,
+    engine: str | None,
+    precision: str | None,
+    quantization: str | None,
+) -> None:
+    """Turn CHECKPOINT into a model repository, or make only the graphs named as COMPONENTS and leave the others as they are.
 
     CHECKPOINT is a folder in our layout, the original's working directory, or a SAM2 file, which serves sparrow_track alone. What an
     earlier export into the same repository made from the same stays.
     """
     from .checkpoints import Checkpoint, CheckpointError
     from .gate import GateError
-    from .to_repository import RepositoryBusy, repository_from_checkpoint
+    from .to_repository import RepositoryBusy, UnknownGraph, repository_from_checkpoint
     from .to_tensorrt import TensorRtError
 
     try:
         source = Checkpoint(checkpoint)
         settings = choose(target, engine, precision, quantization)
-        with tqdm(total=len(source.components), unit="graph") as bar:
+        with tqdm(total=len(components or source.components), unit="graph") as bar:
 
             def progress(made: Manifest, anew: bool) -> None:
                 took = f"{made.seconds:6.1f} s" if anew else "as it was"
@@ -45,8 +54,8 @@ def export(checkpoint: Path, out: Path, target: str, engine: str | None, precisi
                 bar.write(f"{made.component:<18} {kind:<15} {took:>9} {made.size / 1e6:9.2f} MB   {gated(made)}")
                 bar.update()
 
-            repository_from_checkpoint(source, out, progress, settings)
-    except (CheckpointError, GateError, RepositoryBusy, TargetError, TensorRtError, ValueError) as error:
+            repository_from_checkpoint(source, out, progress, settings, components)
+    except (CheckpointError, GateError, RepositoryBusy, TargetError, TensorRtError, UnknownGraph, ValueError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:  # e.g. the disk is full
         raise click.ClickException(f"{error.filename or out}: {error.strerror or error}. Engines that were finished are kept.") from error

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -202,7 +202,11 @@ def write_configs(config: ModelConfig, folder: Path, engine: Engine) -> None:
 
 
 def repository_from_checkpoint(
-    checkpoint: Checkpoint, folder: Path, progress: Callable[[Manifest, bool], None], engine: Engine | None = None
+    checkpoint: Checkpoint,
+    folder: Path,
+    progress: Callable[[Manifest, bool], None],
+    engine: Engine | None = None,
+    only: Collection[str] = (),
 ) -> None:
     """Writes a model repository that tritonserver can run: configurations, adapters, engines, tokenizer.
 
@@ -211,11 +215,16 @@ def repository_from_checkpoint(
         folder: created; engines of an earlier export stay where they were made from the same.
         progress: called with the manifest of each engine when it is there, and whether it was made anew.
         engine: how its graphs run; ONNX by default.
+        only: graphs to make, the others stay as they are; all where none is named.
     Raises:
+        UnknownGraph: the checkpoint has none of a name in `only`.
         RepositoryBusy: another export is writing it.
         TensorRtError: plans are asked for and cannot be built.
         GateError: an engine does not compute what it should; those before it are kept.
     """
+    for name in only:
+        if name not in checkpoint.components:
+            raise UnknownGraph(f"{name!r} is no graph of {checkpoint.root}, expected some of {', '.join(checkpoint.components)}.")
     engine = engine or Engine()
     if engine.engine_kind == "tensorrt":
         require()
@@ -232,7 +241,11 @@ def repository_from_checkpoint(
         if "sparrow" in contracts:
             for name in TOKENIZER_FILES:
                 shutil.copyfile(checkpoint.path("sparrow") / name, folder / "sparrow" / "1" / name)
-        export_graphs(checkpoint, contracts, folder, progress, engine)
+        export_graphs(checkpoint, contracts, folder, progress, engine, only or checkpoint.components)
+
+
+class UnknownGraph(Exception):
+    """A graph was asked for that the checkpoint does not have."""
 
 
 class RepositoryBusy(Exception):
@@ -251,9 +264,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def export_graphs(
-    checkpoint: Checkpoint, contracts: Mapping[str, Component], folder: Path, progress: Callable[[Manifest, bool], None], engine: Engine
+    checkpoint: Checkpoint,
+    contracts: Mapping[str, Component],
+    folder: Path,
+    progress: Callable[[Manifest, bool], None],
+    engine: Engine,
+    wanted: Collection[str],
 ) -> None:
-    """Writes the engines of every model."""
+    """Writes the engines of the graphs `wanted` for every model that runs them."""
     users: dict[str, list[str]] = {}
     for model in graph.served(contracts):
         for part in graph.parts(contracts, model.name):
@@ -261,6 +279,7 @@ def export_graphs(
     work = {
         part: (checkpoint.root, part, engine_of(models[0], engine), [folder / model / "1" for model in models])
         for part, models in users.items()
+        if part in wanted
     }
     # What is traced gets a new interpreter, since torch does not survive a fork; the rest is written here before one has started.
     with ProcessPoolExecutor(EXPORTS_AT_ONCE, multiprocessing.get_context("spawn")) as pool:

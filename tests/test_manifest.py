@@ -9,10 +9,11 @@ from click.testing import CliRunner
 
 from ensemble.components import components
 from ensemble.config import TINY
+from ensemble.graph import served
 from export import manifest, to_repository
 from export.checkpoints import Checkpoint
 from export.cli import export
-from export.manifest import ManifestError, check
+from export.manifest import ManifestError, check, read
 from export.runners import Engine, open_graph
 from export.seeded import write_seeded
 
@@ -166,3 +167,23 @@ def test_export_says_what_it_made_and_what_it_left(root, tmp_path):
     assert [line.split()[0] for line in lines if "as it was" not in line] == ["frame_encoder"]
     written = json.loads((tmp_path / "repository" / "frame_encoder" / "1" / "frame_encoder.json").read_text())
     assert written["gate"].keys() == {"frame_embeddings", "high_res_1", "high_res_0"}
+
+
+def test_export_makes_the_graphs_that_are_named_and_leaves_the_others(root, tmp_path):
+    folder = tmp_path / "repository"
+
+    def run(*components, precision="float32"):
+        arguments = [str(root), *components, "-o", str(folder), "--engine", "torch", "--precision", precision]
+        return CliRunner().invoke(export, arguments)
+
+    def made():
+        return {path.stem: read(path.parent, path.stem).precision for path in folder.glob("*/1/*.json") if path.stem in components(TINY)}
+
+    assert run(PART, "mask_decoder").exit_code == 0
+    assert made() == {PART: "float32", "mask_decoder": "float32"}
+    assert len(list(folder.glob("*/config.pbtxt"))) == len(served(components(TINY)))
+    assert run("mask_decoder", precision="bfloat16").exit_code == 0
+    assert made() == {PART: "float32", "mask_decoder": "bfloat16"}
+    refused = run("mask_encoder")
+    assert refused.exit_code == 1
+    assert f"Error: 'mask_encoder' is no graph of {root}, expected some of vision_encoder, image_encoder, token" in refused.output
