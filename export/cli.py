@@ -63,11 +63,12 @@ def export(
 
 
 def gated(made: Manifest) -> str:
-    """The figure that the gate has decided on."""
-    worst = {key: [figures[key] for figures in made.gate.values() if key in figures] for key in ("error", "matched", "cosine")}
+    """The figures that the gate has decided on."""
+    worst = {key: [figures[key] for figures in made.gate.values() if key in figures] for key in ("error", "matched", "cosine", "mask_iou")}
+    masks = f", mask IoU {min(worst['mask_iou']):.4f}" if worst["mask_iou"] else ""
     if made.precision == "float32":
-        return f"error {max(worst['error']):.1e}"
-    return f"matched {min(worst['matched']):.2f}" if worst["matched"] else f"cosine {min(worst['cosine']):.5f}"
+        return f"error {max(worst['error']):.1e}{masks}"
+    return f"matched {min(worst['matched']):.2f}" if worst["matched"] else f"cosine {min(worst['cosine']):.5f}{masks}"
 
 
 def choose(target: str, engine: str | None, precision: str | None, quantization: str | None) -> Engine:

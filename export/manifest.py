@@ -13,7 +13,7 @@ EVERY = 64 * BLOCK
 """A fingerprint reads one block of so many bytes: a broken copy is found without reading gigabytes at every start."""
 
 Gate = dict[str, dict[str, float]]
-"""Output to what was measured of it: `error`, `cosine`, `p99_error` (export/gate.py)."""
+"""Output to what was measured of it: `error`, `cosine`, `p99_error` and, of some, `matched` or `mask_iou` (export/gate.py)."""
 
 
 class ManifestError(Exception):

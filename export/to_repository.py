@@ -29,6 +29,7 @@ from ensemble.tracker import Limits
 
 from .gate import pass_gate
 from .manifest import Manifest, ManifestError, check, fingerprint, hash_files
+from .real_inputs import real_inputs
 from .runners import ENGINE_SUFFIX, Engine, as_stored, engine_file, load_graph, machine_of, save_module, torch_device
 from .to_tensorrt import require
 
@@ -326,7 +327,8 @@ def export_graph(root: Path, component: str, engine: Engine, folders: list[Path]
     with scratch(first, component) as made:
         path = made / engine_file(engine, component)
         make_engine(module, component, engine, path)
-        gate = pass_gate(load_graph(engine, path, component, module.config), module, component, engine.precision)
+        real = real_inputs(opened(root), component)
+        gate = pass_gate(load_graph(engine, path, component, module.config), module, component, engine.precision, real)
         manifest = Manifest(
             component=component,
             engine_kind=engine.engine_kind,

@@ -6,7 +6,10 @@ import torch
 
 from ensemble.components import components
 from ensemble.config import TINY
-from export.gate import GateError, matched, pass_gate
+from export import real_inputs as real
+from export.gate import GateError, mask_iou, matched, pass_gate
+from export.models import MODULES
+from export.real_inputs import PICTURES, real_inputs
 from export.runners import TorchGraph
 
 
@@ -75,3 +78,46 @@ def test_boxes_are_matched_wherever_they_stand():
     boxes = np.float32([[0, 0, 1, 1], [0.5, 0.5, 0.7, 0.7], [0.2, 0.2, 0.3, 0.3]])
     assert matched(boxes[::-1], boxes) == 1
     assert matched(boxes[:2], boxes) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("component", MODULES)
+def test_every_graph_that_sees_a_frame_is_run_on_real_ones(tiny, component):
+    given = real_inputs(tiny, component)
+    assert bool(given) == (component not in ("token_embedder", "language_decoder", "prompt_projector"))
+    for inputs in given:
+        components(TINY)[component].check_inputs(inputs)
+
+
+def test_tracked_frames_remember_those_before_them(tiny):
+    assert [len(inputs["memory_rows"][0]) for inputs in real_inputs(tiny, "memory_attention")] == [1, 2]
+    assert [inputs["has_memory"].all() for inputs in real_inputs(tiny, "mask_decoder")] == [False, True, True]
+
+
+def test_pictures_are_light():
+    assert len(PICTURES) == 3
+    assert sum(path.stat().st_size for path in PICTURES) < 60_000
+
+
+def test_cpu_computes_no_features_with_a_large_frame_encoder(tiny, monkeypatch):
+    monkeypatch.setattr(real, "SMALL", 0)
+    monkeypatch.setattr(real, "torch_device", lambda: "cpu")
+    assert not real_inputs(tiny, "mask_decoder")
+    assert real_inputs(tiny, "frame_encoder")
+
+
+def test_other_masks_are_refused_on_real_frames(tiny):
+    module = tiny.build("mask_decoder")
+    graph, given = TorchGraph(module, "mask_decoder"), real_inputs(tiny, "mask_decoder")
+    assert pass_gate(graph, module, "mask_decoder", "float32", given)["mask_logits"]["mask_iou"] == 1
+    flat = Bent(graph, "mask_logits", lambda logits: np.where(abs(logits) < 0.01 * abs(logits).max(), -logits, logits))
+    assert "mask_iou" not in pass_gate(flat, module, "mask_decoder", "float16")["mask_logits"]
+    with pytest.raises(GateError, match=r"mask_decoder\.mask_logits in float16: got mask_iou 0\.\d+ .* at least 0\.99"):
+        pass_gate(flat, module, "mask_decoder", "float16", given)
+
+
+def test_mask_iou_is_that_of_the_worst_object():
+    logits = np.float32([[[1, 1], [-1, -1]], [[-1, -1], [-1, -1]]])
+    assert mask_iou(logits, logits) == 1
+    assert mask_iou(logits, -logits) == 0
+    assert mask_iou(np.float32([[[1, -1], [-1, -1]], [[-1, -1], [-1, -1]]]), logits) == 0.5
+    assert mask_iou(logits[:1], logits) == 0
