@@ -24,6 +24,7 @@ from .targets import AUTO, TargetError, find_target, ran_on
 @click.option("--engine", type=click.Choice(list(ENGINE_SUFFIX)), help="What the graphs run in, in float32: instead of a target.")
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Instead of the target's; ONNX has no bfloat16.")
 @click.option("--quantization", type=click.Choice(list(QUANTIZATION_BITS)), help="Of the language model's layers, instead of the target's.")
+@click.option("--bisect", is_flag=True, help="Where the gate refuses an engine, name the first layer that drifts.")
 def export(
     checkpoint: Path,
     components: tuple[str, ...],
@@ -32,6 +33,7 @@ def export(
     engine: str | None,
     precision: str | None,
     quantization: str | None,
+    bisect: bool,
 ) -> None:
     """Turn CHECKPOINT into a model repository, or make only the graphs named as COMPONENTS and leave the others as they are.
 
@@ -54,7 +56,7 @@ def export(
                 bar.write(f"{made.component:<18} {kind:<15} {took:>9} {made.size / 1e6:9.2f} MB   {gated(made)}")
                 bar.update()
 
-            repository_from_checkpoint(source, out, progress, settings, components)
+            repository_from_checkpoint(source, out, progress, settings, components, bisect)
     except (CheckpointError, GateError, RepositoryBusy, TargetError, TensorRtError, UnknownGraph, ValueError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:  # e.g. the disk is full

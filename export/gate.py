@@ -159,13 +159,20 @@ def measure(contract: Component, got: Array, expected: Array) -> dict[str, float
     boxes of a ranked component the share that is `matched`.
     """
     error = contract.tolerance.error(got, expected)
+    figures = {"error": error, "cosine": cosine(got, expected), "p99_error": error}
     if got.shape != expected.shape or not expected.size:
-        return {"error": error, "cosine": float(got.shape == expected.shape), "p99_error": error}
+        return figures
+    figures["p99_error"] = float(np.percentile(abs(got.astype(np.float64) - expected), 99) / max(1.0, abs(expected).max()))
+    return figures | ({"matched": matched(got, expected)} if contract.ranked and got.shape[1:] == (4,) else {})
+
+
+def cosine(got: Array, expected: Array) -> float:
+    """Of two arrays as vectors; 0 where shapes differ."""
+    if got.shape != expected.shape:
+        return 0.0
     ours, theirs = (array.astype(np.float64).ravel() for array in (got, expected))
     norms = np.linalg.norm(ours) * np.linalg.norm(theirs)
-    cosine = float(ours @ theirs / norms) if norms else float(np.array_equal(ours, theirs))
-    figures = {"error": error, "cosine": cosine, "p99_error": float(np.percentile(abs(ours - theirs), 99) / max(1.0, abs(theirs).max()))}
-    return figures | ({"matched": matched(got, expected)} if contract.ranked and got.shape[1:] == (4,) else {})
+    return float(ours @ theirs / norms) if norms else float(np.array_equal(ours, theirs))
 
 
 def matched(got: Array, expected: Array) -> float:

@@ -27,7 +27,8 @@ from ensemble.options import Options, RequestOptions, TrackOptions, values
 from ensemble.tensors import Component, Dim, TensorSpec
 from ensemble.tracker import Limits
 
-from .gate import pass_gate
+from .drift import locate_drift
+from .gate import GateError, pass_gate
 from .manifest import Manifest, ManifestError, check, fingerprint, hash_files
 from .real_inputs import real_inputs
 from .runners import ENGINE_SUFFIX, Engine, as_stored, engine_file, load_graph, machine_of, save_module, torch_device
@@ -208,6 +209,7 @@ def repository_from_checkpoint(
     progress: Callable[[Manifest, bool], None],
     engine: Engine | None = None,
     only: Collection[str] = (),
+    bisect: bool = False,
 ) -> None:
     """Writes a model repository that tritonserver can run: configurations, adapters, engines, tokenizer.
 
@@ -217,6 +219,7 @@ def repository_from_checkpoint(
         progress: called with the manifest of each engine when it is there, and whether it was made anew.
         engine: how its graphs run; ONNX by default.
         only: graphs to make, the others stay as they are; all where none is named.
+        bisect: lets the message of a GateError name the first layer that drifts.
     Raises:
         UnknownGraph: the checkpoint has none of a name in `only`.
         RepositoryBusy: another export is writing it.
@@ -242,7 +245,7 @@ def repository_from_checkpoint(
         if "sparrow" in contracts:
             for name in TOKENIZER_FILES:
                 shutil.copyfile(checkpoint.path("sparrow") / name, folder / "sparrow" / "1" / name)
-        export_graphs(checkpoint, contracts, folder, progress, engine, only or checkpoint.components)
+        export_graphs(checkpoint, contracts, folder, progress, engine, only or checkpoint.components, bisect)
 
 
 class UnknownGraph(Exception):
@@ -271,6 +274,7 @@ def export_graphs(
     progress: Callable[[Manifest, bool], None],
     engine: Engine,
     wanted: Collection[str],
+    bisect: bool,
 ) -> None:
     """Writes the engines of the graphs `wanted` for every model that runs them."""
     users: dict[str, list[str]] = {}
@@ -278,7 +282,7 @@ def export_graphs(
         for part in graph.parts(contracts, model.name):
             users.setdefault(part.name, []).append(model.name)
     work = {
-        part: (checkpoint.root, part, engine_of(models[0], engine), [folder / model / "1" for model in models])
+        part: (checkpoint.root, part, engine_of(models[0], engine), [folder / model / "1" for model in models], bisect)
         for part, models in users.items()
         if part in wanted
     }
@@ -304,7 +308,7 @@ def opened(root: Path) -> Checkpoint:
     return Checkpoint(root)
 
 
-def export_graph(root: Path, component: str, engine: Engine, folders: list[Path]) -> tuple[Manifest, bool]:
+def export_graph(root: Path, component: str, engine: Engine, folders: list[Path], bisect: bool = False) -> tuple[Manifest, bool]:
     """Brings the engine of one component of the checkpoint at `root` into the folder of each model that runs it; a job of one process.
 
     Returns:
@@ -327,8 +331,13 @@ def export_graph(root: Path, component: str, engine: Engine, folders: list[Path]
     with scratch(first, component) as made:
         path = made / engine_file(engine, component)
         make_engine(module, component, engine, path)
-        real = real_inputs(opened(root), component)
-        gate = pass_gate(load_graph(engine, path, component, module.config), module, component, engine.precision, real)
+        asked = module, component, engine.precision, real_inputs(opened(root), component)
+        try:
+            gate = pass_gate(load_graph(engine, path, component, module.config), *asked)
+        except GateError as error:
+            if bisect:
+                raise GateError(f"{error} {locate_drift(*asked)}") from error
+            raise
         manifest = Manifest(
             component=component,
             engine_kind=engine.engine_kind,
