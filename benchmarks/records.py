@@ -67,7 +67,12 @@ def environment(url: str, preset: str) -> dict[str, Any]:
     return {
         **machine(),
         "tritonserver": server,
-        "engine_kinds": {name: fields["engine_kind"]["string_value"] for name, fields in parameters.items() if "engine_kind" in fields},
+        "engine_kinds": {  # of models, and of single graphs in them: "tracker", "tracker.mask_decoder"
+            key.replace("engine_kind", name): value["string_value"]
+            for name, fields in parameters.items()
+            for key, value in fields.items()
+            if key.startswith("engine_kind")
+        },
         "preset": preset,
         "precision": parameters["frame_encoder"]["precision"]["string_value"],
     }

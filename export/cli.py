@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 from tqdm import tqdm
@@ -81,7 +82,7 @@ def choose(target: str, engine: str | None, precision: str | None, quantization:
         found = find_target(target)
         click.echo(f"Target {found.name}: {found.about} {ran_on(found)}")
         chosen = found.engine
-    given = {"precision": precision, "quantization": quantization}
+    given: dict[str, Any] = {"precision": precision, "quantization": quantization}
     return replace(chosen, **{name: value for name, value in given.items() if value})
 
 

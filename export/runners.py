@@ -7,7 +7,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from ensemble.tensors import Array, Arrays, Component
 
 from .capture import Captured
 from .manifest import check
+from .models import MODULES
 from .quantize import quantize
 
 if TYPE_CHECKING:
@@ -47,29 +48,51 @@ QUANTIZATION_BITS = {"none": None, "8bit": 8, "4bit": 4}
 
 @dataclass(frozen=True)
 class Engine:
-    """How a model's graphs run; travels as the parameters of its config.pbtxt.
+    """How graphs run; travels as the parameters of a model's config.pbtxt.
 
     Args:
         engine_kind: key of ENGINE_SUFFIX.
         precision: of weights and products, one of PRECISIONS; norms and softmax stay in float32.
         quantization: key of QUANTIZATION_BITS; of the language model's layers.
+        components: graph to its own engine kind, where that is another.
     """
 
     engine_kind: str = "onnx"
     precision: str = "float32"
     quantization: str = "none"
+    components: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> Engine:
-        """The fields among the parameters of a config.pbtxt."""
-        return cls(**{entry.name: parameters[entry.name] for entry in fields(cls) if entry.name in parameters})
+        """The fields among the parameters of a config.pbtxt, as `parameters` gives them."""
+        own = {name: parameters[name] for name in ("engine_kind", "precision", "quantization") if name in parameters}
+        prefix = "engine_kind."
+        return cls(**own, components={name.removeprefix(prefix): kind for name, kind in parameters.items() if name.startswith(prefix)})
+
+    def parameters(self) -> dict[str, str]:
+        """Of a config.pbtxt."""
+        kinds = {f"engine_kind.{component}": kind for component, kind in self.components.items()}
+        return {"engine_kind": self.engine_kind, **kinds, "precision": self.precision, "quantization": self.quantization}
+
+    @property
+    def kinds(self) -> set[str]:
+        return {self.engine_kind, *self.components.values()}
+
+    def of(self, component: str) -> Engine:
+        """How one graph runs."""
+        return replace(self, engine_kind=self.components.get(component, self.engine_kind), components={})
 
     def __post_init__(self) -> None:
-        known = (("engine_kind", ENGINE_SUFFIX), ("precision", PRECISIONS), ("quantization", QUANTIZATION_BITS))
-        for name, values in known:
-            if getattr(self, name) not in values:
-                raise ValueError(f"engine: got {name} {getattr(self, name)!r}, expected one of {', '.join(values)}.")
-        if self.engine_kind == "onnx" and self.precision == "bfloat16":
+        known = (
+            *(("engine_kind", kind, ENGINE_SUFFIX) for kind in self.kinds),
+            ("precision", self.precision, PRECISIONS),
+            ("quantization", self.quantization, QUANTIZATION_BITS),
+            *(("component", component, MODULES) for component in self.components),
+        )
+        for name, got, values in known:
+            if got not in values:
+                raise ValueError(f"engine: got {name} {got!r}, expected one of {', '.join(values)}.")
+        if "onnx" in self.kinds and self.precision == "bfloat16":
             raise ValueError("engine: got onnx in bfloat16, expected float32 or float16: ONNX Runtime has no products in bfloat16.")
 
 
@@ -460,7 +483,7 @@ def open_graph(parameters: Mapping[str, str], folder: Path, component: str, conf
     Raises:
         ManifestError: it was not exported, or is not what was exported; says how to mend it.
     """
-    engine = Engine.from_parameters(parameters)
+    engine = Engine.from_parameters(parameters).of(component)
     return load_graph(engine, engine_path(engine, folder, component), component, config)
 
 
@@ -483,14 +506,17 @@ def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str
     """Several components' graphs, as `open_graph`, with the weights that they share held once; each is warmed up, so that the first request
     need not wait for it.
     """
-    engine = Engine.from_parameters(parameters)
-    graphs: dict[str, Graph] = {}
-    if engine.engine_kind == "torch":
-        modules = {name: load_module(engine_path(engine, folder, name), name, config) for name in names}
-        share_weights(list(modules.values()))
-        graphs |= {name: TorchGraph(module, name, engine.precision) for name, module in modules.items()}
-    else:
-        graphs |= {name: open_graph(parameters, folder, name, config) for name in names}
+    engines = {name: Engine.from_parameters(parameters).of(name) for name in names}
+    modules = {
+        name: load_module(engine_path(engine, folder, name), name, config)
+        for name, engine in engines.items()
+        if engine.engine_kind == "torch"
+    }
+    share_weights(list(modules.values()))
+    graphs: dict[str, Graph] = {
+        name: TorchGraph(modules[name], name, engine.precision) if name in modules else open_graph(parameters, folder, name, config)
+        for name, engine in engines.items()
+    }
     for name, graph in graphs.items():
         warm_up(graph, components(config)[name])
     return graphs
@@ -520,13 +546,13 @@ def share_weights(modules: Sequence[nn.Module]) -> None:
 
 
 def open_device(parameters: Mapping[str, str]) -> Device:
-    """Where the graphs of an `Engine` take and leave their arrays."""
+    """Where the graphs of an `Engine` take and leave their arrays: one place, since ONNX graphs are mixed with no others."""
     return Host() if Engine.from_parameters(parameters).engine_kind == "onnx" else TorchDevice()
 
 
 def open_decoder(parameters: Mapping[str, str], folder: Path, config: ModelConfig) -> Decoder:
     """The language model, from a folder that holds its three graphs; as `open_graph`."""
-    engine = Engine.from_parameters(parameters)
+    engine = Engine.from_parameters(parameters).of("language_decoder")
     module: Any
     embedder, projector = (open_graph(parameters, folder, name, config) for name in ("token_embedder", "prompt_projector"))
     if engine.engine_kind == "onnx":

@@ -26,7 +26,7 @@ class Target:
         name: of its file.
         about: the first lines of the file: what it gives.
         gpus: words of the names that their driver gives them; none for a machine without a GPU.
-        engine: of every graph.
+        engine: of every graph, with those of other kinds.
         tried: on what it has run; empty where it has not.
     """
 
@@ -49,7 +49,9 @@ def read_target(path: Path) -> Target:
         about = " ".join(line[1:].strip() for line in text.splitlines() if line.startswith("#") and "sparrow export" not in line)
         return Target(path.stem, about, tuple(fields.pop("gpus")), tried=fields.pop("tried"), engine=Engine(**fields))
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise TargetError(f"{path}: got {error}, expected gpus, engine_kind, precision, quantization and tried. {known()}") from error
+        raise TargetError(
+            f"{path}: got {error}, expected gpus, engine_kind, precision, quantization, tried and perhaps [components]. {known()}"
+        ) from error
 
 
 def targets() -> dict[str, Target]:

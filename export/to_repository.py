@@ -75,14 +75,29 @@ CANDIDATES = {"language_model": settings.MAX_GENERATIONS, "tracker": settings.TR
 message by the tracker itself."""
 
 
-def engine_of(model: str, engine: Engine) -> Engine:
-    """How a Triton model runs in a repository of `engine`: a language model writes its cache in place, which takes torch. Its layers are
-    compiled for a GPU alone: on a CPU they are no faster so.
+def engine_of(model: Component, engine: Engine) -> Engine:
+    """How the graphs of a Triton model run in a repository of `engine`.
+
+    A language model writes its cache in place, which takes torch, or its layers compiled; quantised layers are not compiled.
+
+    Raises:
+        ValueError: the kinds do not go together.
     """
-    if model != "language_model":
-        return replace(engine, quantization="none")
-    compiled = engine.engine_kind == "aoti" and engine.quantization == "none" and torch_device() == "cuda"
-    return engine if compiled else replace(engine, engine_kind="torch")
+    allowed: tuple[str, ...]
+    if model.name == "language_model":
+        allowed = ("torch", "aoti") if engine.quantization == "none" else ("torch",)
+        if engine.engine_kind not in allowed or torch_device() == "cpu":  # where compiled layers are no faster
+            engine = replace(engine, engine_kind="torch")
+    else:
+        allowed, engine = tuple(ENGINE_SUFFIX), replace(engine, quantization="none")
+    kinds = {part: engine.of(part).engine_kind for part in ((model.name,) if model.is_graph else model.parts)}
+    got = f"{model.name}: got {', '.join(f'{part} in {kind}' for part, kind in kinds.items())}"
+    if not {*kinds.values()} <= {*allowed}:
+        raise ValueError(f"{got}, expected {' or '.join(allowed)} with quantization {engine.quantization}: the cache is written in place.")
+    if "onnx" in kinds.values() and {*kinds.values()} != {"onnx"}:
+        raise ValueError(f"{got}, expected all of them in onnx or none: their arrays stay on one device.")
+    usual = next(iter(kinds.values()))
+    return replace(engine, engine_kind=usual, components={part: kind for part, kind in kinds.items() if kind != usual})
 
 
 def config_from_component(model: Component, contracts: Mapping[str, Component], engine: Engine) -> str:
@@ -114,11 +129,11 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
     parameters: dict[str, str | int] = {}
     native = is_native(model, engine)
     if native:
-        fields |= {"platform": "tensorrt_plan", "default_model_filename": engine_file(engine, model.name)}
+        fields |= {"platform": "tensorrt_plan", "default_model_filename": engine_file(engine.of(model.name), model.name)}
     else:
         fields["backend"] = "python"
     if graph.parts(contracts, model.name):
-        parameters |= asdict(engine_of(model.name, engine))
+        parameters |= engine_of(model, engine).parameters()
         kind = "KIND_GPU" if native else "KIND_MODEL"  # in Python the graphs find their GPU themselves
     else:
         kind = "KIND_CPU"
@@ -152,7 +167,7 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
 
 def is_native(model: Component, engine: Engine) -> bool:
     """Whether Triton's own backend for plans runs a model: one that is a single graph."""
-    return engine.engine_kind == "tensorrt" and model.serving == "batched_graph"
+    return engine.of(model.name).engine_kind == "tensorrt" and model.serving == "batched_graph"
 
 
 def leading(spec: TensorSpec) -> Dim:
@@ -198,9 +213,10 @@ def ensemble_step(step: Component, inputs: list[TensorSpec]) -> dict[str, Any]:
 def write_configs(config: ModelConfig, folder: Path, engine: Engine) -> None:
     """Writes <model>/config.pbtxt of every Triton model below `folder`."""
     contracts = components(config)
-    for model in graph.served(contracts):
-        (folder / model.name).mkdir(parents=True, exist_ok=True)
-        (folder / model.name / "config.pbtxt").write_text(config_from_component(model, contracts, engine))
+    texts = {model.name: config_from_component(model, contracts, engine) for model in graph.served(contracts)}
+    for name, text in texts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.pbtxt").write_text(text)
 
 
 def repository_from_checkpoint(
@@ -230,7 +246,7 @@ def repository_from_checkpoint(
         if name not in checkpoint.components:
             raise UnknownGraph(f"{name!r} is no graph of {checkpoint.root}, expected some of {', '.join(checkpoint.components)}.")
     engine = engine or Engine()
-    if engine.engine_kind == "tensorrt":
+    if "tensorrt" in engine.kinds:
         require()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -277,12 +293,12 @@ def export_graphs(
     bisect: bool,
 ) -> None:
     """Writes the engines of the graphs `wanted` for every model that runs them."""
-    users: dict[str, list[str]] = {}
+    users: dict[str, list[Component]] = {}
     for model in graph.served(contracts):
         for part in graph.parts(contracts, model.name):
-            users.setdefault(part.name, []).append(model.name)
+            users.setdefault(part.name, []).append(model)
     work = {
-        part: (checkpoint.root, part, engine_of(models[0], engine), [folder / model / "1" for model in models], bisect)
+        part: (checkpoint.root, part, engine_of(models[0], engine).of(part), [folder / model.name / "1" for model in models], bisect)
         for part, models in users.items()
         if part in wanted
     }

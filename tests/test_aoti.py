@@ -7,7 +7,7 @@ from ensemble.components import components
 from ensemble.config import TINY
 from export import runners, to_repository
 from export.manifest import ManifestError
-from export.runners import AotiGraph, Engine, TorchGraph, open_graph
+from export.runners import AotiGraph, Engine, TorchGraph, open_graph, open_graphs
 
 PART = "prompt_projector"
 SETTINGS = {"engine_kind": "aoti", "precision": "bfloat16"}
@@ -39,3 +39,12 @@ def test_package_of_another_machine_is_not_run(folder, monkeypatch):
     monkeypatch.setattr(runners, "machine_of", lambda engine: "torch 2.11.0, sm_90")
     with pytest.raises(ManifestError, match=r"got machine torch .*, expected torch 2\.11\.0, sm_90\. Make the engine anew"):
         open_graph(SETTINGS, folder, PART, TINY)
+
+
+def test_graphs_of_one_process_run_each_in_their_kind(tiny, folder):
+    to_repository.export_graph(tiny.root, "token_embedder", Engine("torch", "bfloat16"), [folder])
+    mixed = Engine("torch", "bfloat16", components={PART: "aoti"}).parameters()
+    graphs = open_graphs(mixed, folder, ["token_embedder", PART], TINY)
+    assert [type(graph) for graph in graphs.values()] == [TorchGraph, AotiGraph]
+    with pytest.raises(ManifestError, match=r"token_embedder: got engine_kind torch in .*, expected aoti"):
+        open_graphs(SETTINGS, folder, ["token_embedder", PART], TINY)

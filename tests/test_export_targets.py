@@ -69,6 +69,15 @@ def test_file_of_ones_own_is_a_target(tmp_path):
         find_target(str(path))
 
 
+def test_target_may_give_graphs_kinds_of_their_own(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text((targets.FOLDER / "h100.toml").read_text() + '[components]\nframe_encoder = "tensorrt"\n')
+    assert find_target(str(path)).engine == Engine("torch", "bfloat16", components={"frame_encoder": "tensorrt"})
+    path.write_text((targets.FOLDER / "h100.toml").read_text() + '[components]\nframe_decoder = "tensorrt"\n')
+    with pytest.raises(TargetError, match=r"mine\.toml: got engine: got component 'frame_decoder', expected one of vision_encoder, "):
+        find_target(str(path))
+
+
 def test_options_of_the_export_stand_above_the_target(gpu):
     gpu("NVIDIA L4")
     own = find_target("l4").engine

@@ -10,7 +10,7 @@ from ensemble.tensors import Dim
 from ensemble.tracker import Limits
 from export import generate
 from export.runners import Engine
-from export.to_repository import SOURCE, write_configs
+from export.to_repository import SOURCE, engine_of, write_configs
 
 MODELS = [contract.name for contract in served(components(FULL))]
 ENSEMBLES = [name for name in MODELS if components(FULL)[name].serving == "ensemble"]
@@ -175,3 +175,54 @@ def test_readme_lists_every_tensor_of_every_model():
     for contract in components(FULL).values():
         for spec in (*contract.inputs, *contract.outputs):
             assert f"| `{spec.name}`{' (optional)' if spec.optional else ''} | {spec} |" in sections[contract.name]
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "expected"),
+    [
+        ("tracker", Engine("torch", quantization="8bit"), Engine("torch")),
+        ("tracker", Engine("torch", components={"mask_decoder": "aoti"}), Engine("torch", components={"mask_decoder": "aoti"})),
+        ("tracker", Engine("torch", components={"frame_encoder": "tensorrt"}), Engine("torch")),
+        ("frame_encoder", Engine("torch", components={"frame_encoder": "onnx"}), Engine("onnx")),
+        ("language_model", Engine("onnx"), Engine("torch")),
+        ("language_model", Engine("aoti"), Engine("aoti")),
+        ("language_model", Engine("aoti", quantization="8bit"), Engine("torch", quantization="8bit")),
+        (
+            "language_model",
+            Engine("tensorrt", components={"language_decoder": "aoti"}),
+            Engine("torch", components={"language_decoder": "aoti"}),
+        ),
+    ],
+)
+def test_model_runs_its_graphs_as_the_target_has_them(model, engine, expected):
+    assert engine_of(components(FULL)[model], engine) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "message"),
+    [
+        (
+            "tracker",
+            Engine("onnx", components={"memory_encoder": "torch"}),
+            "tracker: got mask_downsampler in onnx, memory_attention in onnx, mask_decoder in onnx, memory_encoder in torch, expected all "
+            "of them in onnx or none: their arrays stay on one device.",
+        ),
+        ("language_model", Engine("torch", components={"language_decoder": "tensorrt"}), "expected torch or aoti with quantization none"),
+        ("language_model", Engine("torch", "float32", "8bit", {"language_decoder": "aoti"}), "expected torch with quantization 8bit"),
+    ],
+)
+def test_kinds_that_do_not_go_together_are_refused(model, engine, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        engine_of(components(FULL)[model], engine)
+    with pytest.raises(ValueError, match=message):
+        write_configs(FULL, tmp_path, engine)
+    assert not list(tmp_path.iterdir())
+
+
+def test_configuration_carries_the_kinds_of_single_graphs(tmp_path):
+    write_configs(FULL, tmp_path, Engine("torch", components={"frame_encoder": "tensorrt", "mask_decoder": "aoti"}))
+    configs = {path.parent.name: text_format.Parse(path.read_text(), model_config_pb2.ModelConfig()) for path in tmp_path.glob("*/*.pbtxt")}
+    assert configs["frame_encoder"].platform == "tensorrt_plan"
+    for name in ("sparrow", "tracker"):
+        parameters = {key: value.string_value for key, value in configs[name].parameters.items()}
+        assert Engine.from_parameters(parameters) == Engine("torch", components={"mask_decoder": "aoti"})

@@ -25,6 +25,7 @@ def module(component):
         ({"engine_kind": "plan"}, "engine: got engine_kind 'plan', expected one of torch, onnx, aoti, tensorrt."),
         ({"precision": "int8"}, "engine: got precision 'int8', expected one of float32, bfloat16, float16."),
         ({"quantization": "2bit"}, "engine: got quantization '2bit', expected one of none, 8bit, 4bit."),
+        ({"components": {"mask_decoder": "plan"}}, "engine: got engine_kind 'plan', expected one of torch, onnx, aoti, tensorrt."),
         ({"precision": "bfloat16"}, "engine: got onnx in bfloat16, expected float32 or float16: ONNX Runtime has no products in bfloat16."),
     ],
 )
@@ -32,6 +33,14 @@ def test_engine_that_there_is_not_is_refused(fields, message):
     with pytest.raises(ValueError) as refused:
         Engine(**fields)
     assert str(refused.value) == message
+
+
+def test_engine_travels_as_parameters():
+    engine = Engine("torch", "float16", "8bit", {"mask_decoder": "aoti"})
+    assert engine.parameters()["engine_kind.mask_decoder"] == "aoti"
+    assert Engine.from_parameters({**engine.parameters(), "max_sessions": "8"}) == engine
+    assert engine.of("mask_decoder") == Engine("aoti", "float16", "8bit")
+    assert engine.of("memory_encoder") == Engine("torch", "float16", "8bit")
 
 
 def test_modules_of_one_process_hold_equal_weights_once_and_others_apart():
