@@ -31,7 +31,7 @@ BOX = (0.14, 0.58, 0.41, 0.78)
 DRAWN = np.s_[150:220, 134:208]
 """Rows and columns of another one."""
 SMALL = 256 << 20
-"""Bytes of the frame encoder's weights up to which a CPU computes features: the largest one takes it a quarter of a minute a frame."""
+"""Bytes of the frame encoder's weights up to which a CPU computes features; a larger one takes it too long."""
 
 
 def real_inputs(checkpoint: Checkpoint, component: str) -> list[Arrays]:

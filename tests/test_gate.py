@@ -7,10 +7,12 @@ import torch
 from ensemble.components import components
 from ensemble.config import TINY
 from export import real_inputs as real
+from export.checkpoints import Checkpoint
 from export.gate import GateError, mask_iou, matched, pass_gate
 from export.models import MODULES
 from export.real_inputs import PICTURES, real_inputs
 from export.runners import TorchGraph
+from tests.test_checkpoints import sam2_file, write_original
 
 
 class Bent:
@@ -91,6 +93,14 @@ def test_every_graph_that_sees_a_frame_is_run_on_real_ones(tiny, component):
 def test_tracked_frames_remember_those_before_them(tiny):
     assert [len(inputs["memory_rows"][0]) for inputs in real_inputs(tiny, "memory_attention")] == [1, 2]
     assert [inputs["has_memory"].all() for inputs in real_inputs(tiny, "mask_decoder")] == [False, True, True]
+
+
+def test_sam2_alone_is_run_on_real_frames_too(tmp_path):
+    write_original(tmp_path / "original")
+    sam2_file(tmp_path / "original", tmp_path / "sam2_hiera_large.pt")
+    checkpoint = Checkpoint(tmp_path / "sam2_hiera_large.pt")
+    assert checkpoint.scope == "tracking"
+    assert all(real_inputs(checkpoint, component) for component in checkpoint.components)
 
 
 def test_pictures_are_light():
