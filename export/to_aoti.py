@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +69,18 @@ def compile_package(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_shape
     with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
         program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes)
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+    check_linkage(path)
+
+
+def check_linkage(package: Path) -> None:
+    """Raises ValueError for a library with a C++ runtime of its own: beside torch's, loading it ends the process."""
+    with zipfile.ZipFile(package) as archive:
+        libraries = [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
+    if not all(b"libstdc++.so" in library for library in libraries):
+        raise ValueError(
+            f"{package.name}: the C++ compiler has linked libstdc++ into it (found at {shutil.which(os.environ.get('CXX', 'g++'))}), "
+            "expected it to be shared with torch. Name another compiler: CXX=/usr/bin/g++"
+        )
 
 
 def dynamic_shapes(contract: Component) -> tuple[dict[int, object], ...]:

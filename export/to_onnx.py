@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ensemble.components import components
 from ensemble.tensors import Component
 
@@ -74,15 +76,33 @@ def onnx_from_torch(module: Graph, component: str, path: Path, precision: str = 
 
 
 def lower(path: Path) -> None:
-    """Rewrites a graph in place as TensorRT 8.6 reads it: opset 17, and without bfloat16, which it does not know.
+    """Rewrites a graph in place as TensorRT 8.6 reads it: opset 17, without bfloat16, and with pictures in float32.
 
-    Values that were to be rounded to bfloat16 stay as they are.
+    Values that were to be rounded to bfloat16 stay as they are. Of a Shape that release returns all dimensions, whatever the attributes ask
+    for, so that a Slice takes those out; inputs in uint8 make its builder crash.
     """
     import onnx
 
     half, single = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
     model = onnx.load(path, load_external_data=False)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
+            value.type.tensor_type.elem_type = single
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        model.graph.node.append(node)
+        bounds = {attribute.name: attribute.i for attribute in node.attribute} if node.op_type == "Shape" else {}
+        if bounds:
+            whole = model.graph.node[-1]
+            (name,) = whole.output
+            del whole.attribute[:]
+            whole.output[0] = f"{name}_whole"
+            edges = [np.array([bounds.get(edge, default)]) for edge, default in (("start", 0), ("end", np.iinfo(np.int64).max))]
+            names = [f"{name}_start", f"{name}_end"]
+            model.graph.initializer.extend(onnx.numpy_helper.from_array(edge, own) for edge, own in zip(edges, names, strict=True))
+            model.graph.node.append(onnx.helper.make_node("Slice", [whole.output[0], *names], [name], f"{name}_slice"))
     for node in model.graph.node:
         if node.op_type in ("ReduceMax", "ReduceMean") and len(node.input) > 1:
             axes = onnx.numpy_helper.to_array(constants[node.input.pop()]).tolist()

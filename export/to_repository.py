@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
@@ -311,6 +312,8 @@ def export_graphs(
                     progress(*export_graph(*job))
             for done in as_completed(jobs):
                 progress(*done.result())
+        except BrokenProcessPool as error:
+            raise GateError("A process that exported a graph has died: see what it printed, or try the graphs one by one.") from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
