@@ -1,5 +1,7 @@
 """A compiled package computes what torch does at every size, and runs only on the machine that it was compiled for."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from ensemble.config import TINY
 from export import runners, to_repository
 from export.manifest import ManifestError
 from export.runners import AotiGraph, Engine, TorchGraph, open_graph, open_graphs
+from export.to_aoti import check_linkage
 
 PART = "prompt_projector"
 SETTINGS = {"engine_kind": "aoti", "precision": "bfloat16"}
@@ -33,6 +36,14 @@ def test_package_computes_what_eager_torch_does_in_its_precision(tiny, folder, s
     ulp = 2.0**-8 * np.abs(exact).max()  # fused products are rounded less often than eager ones
     np.testing.assert_allclose(got, eager, atol=4 * ulp)
     assert np.abs(got - exact).max() > 0
+
+
+def test_package_with_a_cpp_runtime_of_its_own_is_refused_before_it_is_loaded(folder, tmp_path):
+    check_linkage(folder / f"{PART}.pt2")
+    with zipfile.ZipFile(tmp_path / "own.pt2", "w") as archive:
+        archive.writestr("model.wrapper.so", b"\x7fELF libgcc_s.so.1")
+    with pytest.raises(ValueError, match=r"own\.pt2: the C\+\+ compiler has linked libstdc\+\+ into it .* CXX=/usr/bin/g\+\+"):
+        check_linkage(tmp_path / "own.pt2")
 
 
 def test_package_of_another_machine_is_not_run(folder, monkeypatch):
