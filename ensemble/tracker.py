@@ -305,6 +305,9 @@ class Tracker:
     def _decode(self, chunk: list[Target], features: Mapping[str, DeviceArray]) -> list[Decoded]:
         """A chunk's masks and memories: its objects all start, or have memories of one age."""
         object_frame = np.array([target.frame for target in chunk], np.int64)
+        if self._device.on_gpu and len(chunk) <= settings.MAX_FRAME_BATCH:  # one shape, captured once, whatever frames the objects are on
+            chosen = self._device.put(object_frame)
+            features, object_frame = {name: array[chosen] for name, array in features.items()}, np.arange(len(chunk))
         starts = chunk[0].bank is None
         outputs = self._start(chunk, object_frame, features) if starts else self._continue(chunk, object_frame, features)
         with self._stage("remember"):

@@ -42,6 +42,9 @@ IDLE_CACHE_BYTES = 256 << 20
 POSITIONS_STEP = 512
 """Positions by which the cache of the language model grows."""
 
+CAPTURED_BATCHES = (4, 2, 1)
+"""Frames or objects of the calls that are captured at the start; others are when they come."""
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 QUANTIZATION_BITS = {"none": None, "8bit": 8, "4bit": 4}
 
@@ -523,13 +526,25 @@ def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str
 
 
 def warm_up(graph: Graph, contract: Component) -> None:
-    """Runs it at the usual size; on a GPU twice, so that it is captured, and for objects of every age."""
+    """Runs it at the usual size; on a GPU twice at several, so that they are captured."""
     on_gpu = torch_device() == "cuda" and isinstance(graph, TensorGraph)
-    ages = range(1, contract.dims["pointers"].max) if on_gpu and "pointers" in contract.dims else ()
-    for sizes in ({}, *({"memories": min(age, contract.dims["memories"].max), "pointers": age} for age in ages)):
+    for sizes in capture_sizes(contract) if on_gpu else [{}]:
         sample = contract.sample(seed=0, **sizes)
         for _ in range(1 + on_gpu):
             graph.run(sample)
+
+
+def capture_sizes(contract: Component) -> list[dict[str, int]]:
+    """What is captured before the first request: a few frames or objects at once, and one object of every age. The largest come first:
+    what is captured later finds room in their memory.
+    """
+    dims = contract.dims
+    batch: list[str] = [name for name in ("frames", "objects", "embeddings") if name in dims]
+    sizes: list[dict[str, int]] = [dict.fromkeys(batch, count) for count in CAPTURED_BATCHES] if batch else [{}]
+    if "pointers" in dims:
+        ages = range(dims["pointers"].max - 1, 0, -1)
+        sizes += [{**sizes[-1], "memories": min(age, dims["memories"].max), "pointers": age} for age in ages]
+    return sizes
 
 
 def share_weights(modules: Sequence[nn.Module]) -> None:

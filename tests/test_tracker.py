@@ -375,6 +375,27 @@ def test_long_session_equals_the_reference_when_both_rings_have_turned(tracker, 
     check_banks(tracker, 1, tracks)
 
 
+class OnGpu(Host):
+    on_gpu = True
+
+
+def test_calls_on_a_gpu_have_the_shape_of_their_objects_alone_and_give_the_same(tracker, graphs):
+    sessions = {1: text(2), 2: boxes(0), 3: text(1)}
+    captured = Tracker(TINY, graphs, OnGpu())
+    for frame_idx in range(3):
+        requests = [
+            request(session, 10 * session + frame_idx, None if frame_idx else objects, start=not frame_idx)
+            for session, objects in sessions.items()
+        ]
+        expected = tracker.step(requests)
+        graphs["mask_decoder"].calls.clear()
+        for one, other in zip(captured.step(requests), expected, strict=True):
+            for name, array in other.items():
+                np.testing.assert_array_equal(one[name], array)
+        shapes = {(len(call["high_res_0"]), len(call["object_frame"])) for call in graphs["mask_decoder"].calls}
+        assert all(frames == objects for frames, objects in shapes)
+
+
 def test_memories_are_given_with_their_rows_and_distances_to_the_objects_of_each_frame(tracker, graphs):
     sessions = {1: (19, text(2)), 2: (16, boxes(0)), 3: (20, boxes(0, 1, 0)), 4: (4, text(1))}  # age, objects
     tracks = {session: slow_tracks(graphs, objects) for session, (_, objects) in sessions.items()}

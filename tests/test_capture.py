@@ -1,0 +1,25 @@
+"""What is captured, and in which order; replays themselves take a GPU, where the gate of the export runs every graph twice."""
+
+import pytest
+
+from ensemble.components import components
+from ensemble.config import FULL
+from export.models import MODULES
+from export.runners import capture_sizes
+
+CONTRACTS = components(FULL)
+
+
+@pytest.mark.parametrize("component", MODULES)
+def test_what_is_captured_at_the_start_keeps_the_contract_and_gets_smaller(component):
+    contract = CONTRACTS[component]
+    sizes = capture_sizes(contract)
+    for own in sizes:
+        assert all(contract.dims[name].min <= size <= contract.dims[name].max for name, size in own.items())
+    assert sizes == sorted(sizes, key=lambda own: [-size for size in own.values()][:3])
+
+
+def test_one_object_of_every_age_is_captured():
+    memories = CONTRACTS["memory_attention"].dims["memories"].max
+    one = [own for own in capture_sizes(CONTRACTS["memory_attention"]) if own["objects"] == 1]
+    assert {own.get("pointers", 16): own.get("memories", memories) for own in one} == {age: min(age, memories) for age in range(1, 17)}
