@@ -36,7 +36,7 @@ def table(results: Path, workloads: Sequence[str]) -> str:
         for (workload, metric), line in lines.items()
     ]
     env = next(reversed(lines.values()))["env"]
-    measured = ", ".join(f"{key} {env[key]}" for key in SHOWN if env[key])
+    measured = ", ".join(f"{key} {env[key]}" for key in SHOWN if env.get(key))
     return "\n".join(["| workload | metric | value | n | interquartile range |", "|---|---|---|---|---|", *rows, "", f"On {measured}."])
 
 
