@@ -91,7 +91,8 @@ class LanguageDecoder(Graph):
             final_states: [N, C] float, the state that `lm_head` turned into them.
             new_key_cache, new_value_cache: the caches with the new tokens.
         """
-        step = self._step(positions, over_cache(self.visible(positions, key_cache.shape[3]), positions, with_tokens))
+        visible, slots = self.visible(positions, key_cache.shape[3]), slots_of(positions, key_cache.shape[3])
+        step = self._step(positions, over_cache(visible, slots, with_tokens))
         x, caches = token_embeddings, []
         for index, layer in enumerate(self.layers):
             x, *written = layer(x, step, key_cache[index], value_cache[index])
@@ -114,13 +115,13 @@ class LanguageDecoder(Graph):
         Args:
             layer: a compiled `DecodeLayer` that stands for every layer.
         """
-        visible = self.visible(positions, key_cache.shape[3])
-        step = self._step(positions, over_cache(visible, positions, write_))
+        visible, slots = self.visible(positions, key_cache.shape[3]), slots_of(positions, key_cache.shape[3])
+        step = self._step(positions, over_cache(visible, slots, write_))
         if layer is None:
             return self._through(token_embeddings, step, key_cache, value_cache)
         x = token_embeddings
         for index, own in enumerate(self.layers):
-            x, *_ = several(layer(x, step.cos, step.sin, positions, visible, key_cache[index], value_cache[index], *own.parameters()))
+            x, *_ = several(layer(x, step.cos, step.sin, slots, visible, key_cache[index], value_cache[index], *own.parameters()))
         return self._finish(x)
 
     def prefill_(self, token_embeddings: Tensor, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +147,7 @@ class LanguageDecoder(Graph):
     def visible(self, positions: Tensor, slots: int) -> Tensor:
         """[N, S] positions to [N, 1, S, slots] bool: which slots each token attends to."""
         now = positions[:, None, :, None]
-        age = (now - torch.arange(slots, device=positions.device)) % slots
+        age = slots_of(now - torch.arange(slots, device=positions.device), slots)
         window = self.config.language.sliding_window
         return age <= now if window is None else (age <= now) & (age <= window)
 
@@ -166,11 +167,15 @@ class Step:
     attend: Attend
 
 
-def over_cache(visible: Tensor, positions: Tensor, write: Write) -> Attend:
+def slots_of(positions: Tensor, slots: int) -> Tensor:
+    """Where positions lie in a ring; by a tensor, since ONNX takes no size that varies as the divisor."""
+    return positions % torch.full((), slots, dtype=positions.dtype, device=positions.device)
+
+
+def over_cache(visible: Tensor, slots: Tensor, write: Write) -> Attend:
     """Attention over the caches, to which the new tokens are written first."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        slots = positions % keys.shape[2]
         keys = write(keys, slots, k.to(keys.dtype))
         values = write(values, slots, v.to(values.dtype))
         return F.scaled_dot_product_attention(q, keys, values, visible), keys, values
@@ -241,10 +246,10 @@ class DecodeLayer(nn.Module):
         self.layer = [layer]  # not a submodule: its weights are no part of this
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, visible: Tensor, keys: Tensor, values: Tensor, *weights: Tensor
+        self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, visible: Tensor, keys: Tensor, values: Tensor, *weights: Tensor
     ) -> Tensor:
         """[N, 1, C] through the layer; the other arguments as in `Step`, `over_cache` and `Layer`."""
-        step = Step(cos, sin, over_cache(visible, positions, write_))
+        step = Step(cos, sin, over_cache(visible, slots, write_))
         x, _, _ = torch.func.functional_call(self.layer[0], dict(zip(self.names, weights, strict=True)), (x, step, keys, values))
         return x
 

@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        parts = (self.q_norm(q), self.k_norm(k), v)
+        parts = (self.q_norm(q.float()), self.k_norm(k.float()), v)  # one kernel; in half precision, with weights in float32, it is six
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in parts)  # [N, S, C] -> 3 x [N, heads, S, C / heads]
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [N, heads, S, C / heads] -> [N, S, C]
         return self.proj(mixed)  # type: ignore[no-any-return]
