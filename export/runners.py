@@ -392,7 +392,8 @@ class TorchDecoder(DecoderEnds):
         decoder: its weights and sizes.
         embedder, projector: graphs of token_embedder and prompt_projector.
         precision: one of PRECISIONS; of the cache too.
-        layer: a compiled layer of a step (`export.to_aoti.DecodeLayer`); the module's own where not given.
+        layer: a compiled layer of a step (`export.models.language_model.DecodeLayer`); the module's own where not given.
+        capturable: whether its layers ask the device for nothing while they run; those of bitsandbytes do.
     """
 
     def __init__(
@@ -402,11 +403,13 @@ class TorchDecoder(DecoderEnds):
         projector: Graph,
         precision: str = "float32",
         layer: Callable[..., Tensor | Sequence[Tensor]] | None = None,
+        capturable: bool = True,
     ) -> None:
         from .models.language_model import ring_slots
 
         super().__init__(embedder, projector)
         self._decoder, self._place, self._layer = decoder, TorchPlace(decoder, precision), layer
+        self._captures = capturable and self._place.device.on_gpu
         self._lengths = np.zeros(settings.MAX_GENERATIONS, np.int64)
         self._ring = ring_slots(decoder.config)
         self._keys, self._values = self._empty(0, 0), self._empty(0, 0)
@@ -441,7 +444,7 @@ class TorchDecoder(DecoderEnds):
     def _forget(self) -> None:
         """Captured steps write to the cache that they were captured with."""
         self._step: Callable[[Tensor, Tensor], Sequence[Tensor]] = (
-            Captured(self._run) if self._place.device.on_gpu else lambda *tensors: self._run(*tensors)
+            Captured(self._run) if self._captures else lambda *tensors: self._run(*tensors)
         )
 
     def _run(self, token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -579,7 +582,7 @@ def open_decoder(parameters: Mapping[str, str], folder: Path, config: ModelConfi
         module = load_module(path, "language_decoder", config)
     if bits := QUANTIZATION_BITS[engine.quantization]:
         quantize(module, bits, torch_device())
-    decoder = TorchDecoder(module, embedder, projector, engine.precision, layer)
+    decoder = TorchDecoder(module, embedder, projector, engine.precision, layer, capturable=not bits)
     decoder.prefill(0, [np.zeros((1, config.language.width), np.float32)])
     for _ in range(2):  # the second is captured
         decoder.decode([0], [0])
