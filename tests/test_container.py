@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ SAME, MOVED = slice(10, 30), slice(20, 40)
 
 
 def run(*words, **environment):
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+    own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **own, **environment})
 
 
 @pytest.fixture

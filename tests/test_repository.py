@@ -8,7 +8,7 @@ from ensemble.config import FULL, PRESETS
 from ensemble.graph import PUBLIC, ensemble_steps, parts, served
 from ensemble.tensors import Dim
 from ensemble.tracker import Limits
-from export import generate
+from export import generate, to_repository
 from export.runners import Engine
 from export.to_repository import SOURCE, engine_of, write_configs
 
@@ -194,8 +194,14 @@ def test_readme_lists_every_tensor_of_every_model():
         ),
     ],
 )
-def test_model_runs_its_graphs_as_the_target_has_them(model, engine, expected):
+def test_model_runs_its_graphs_as_the_target_has_them_on_a_gpu(monkeypatch, model, engine, expected):
+    monkeypatch.setattr(to_repository, "torch_device", lambda: "cuda")
     assert engine_of(components(FULL)[model], engine) == expected
+
+
+def test_language_model_is_not_compiled_for_a_cpu(monkeypatch):
+    monkeypatch.setattr(to_repository, "torch_device", lambda: "cpu")
+    assert engine_of(components(FULL)["language_model"], Engine("aoti")) == Engine("torch")
 
 
 @pytest.mark.parametrize(
