@@ -38,8 +38,9 @@ def draw(lines: dict[tuple[str, int, str], dict[str, Any]], path: Path) -> None:
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
     plt.rcParams |= {"svg.hashsalt": "sparrow", "svg.fonttype": "none", "font.size": 9}
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3.2), constrained_layout=True)
-    for axis, (title, metrics) in zip(axes, PANELS.items(), strict=True):
+    panels = {title: metrics for title, metrics in PANELS.items() if any(metric == metrics[0] for _, _, metric in lines)}
+    figure, (axes,) = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), constrained_layout=True, squeeze=False)
+    for axis, (title, metrics) in zip(axes, panels.items(), strict=True):
         for pack in dict.fromkeys(pack for pack, _, metric in lines if metric == metrics[0]):
             draw_pack(axis, lines, pack, *metrics)
         axis.set(title=f"{title}: p50, and up to p99", xlabel="at once", ylabel="ms", xscale="log", yscale="log")
