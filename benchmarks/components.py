@@ -21,7 +21,7 @@ from ensemble.tensors import Arrays, Component
 from export.manifest import Manifest, read
 from export.runners import TensorGraph, open_decoder, open_graph
 
-from .records import append, machine, record
+from .records import append, gate_records, machine, record
 
 WARM_UP, REPEATS = 5, 50
 BATCHES = {"frames": (1, 4), "objects": (1, 4, 8)}
@@ -43,7 +43,7 @@ def main(repository: Path) -> None:
         made = read(folder, component)
         env = {**machine(), "engine_kinds": {component: made.engine_kind}, "preset": config.preset, "precision": made.precision}
         name = f"{config.preset}_{made.engine_kind}_{made.precision}"
-        lines["gate"] += gate_lines(made, f"{name}_{component}", env)
+        lines["gate"] += gate_records(made.gate, f"{name}_{component}", env)
         if component == "language_decoder":
             lines["llm"] += decode_lines(folder, made, config, name, env)
         else:
@@ -55,13 +55,6 @@ def main(repository: Path) -> None:
 def engine(made: Manifest) -> dict[str, str]:
     """The parameters of a config.pbtxt that run an engine."""
     return {"engine_kind": made.engine_kind, "precision": made.precision}
-
-
-def gate_lines(made: Manifest, workload: str, env: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The worst output's figures."""
-    for metric, worst in (("cosine", min), ("p99_error", max)):
-        values = [figures[metric] for figures in made.gate.values()]
-        yield record("gate", workload, metric, worst(values), "ratio", values, env)
 
 
 def latency_lines(folder: Path, made: Manifest, config: ModelConfig, name: str, env: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -126,14 +119,14 @@ def floor_ms(contract: Component, config: ModelConfig, inputs: Arrays, gpu: str 
     from torch.utils.flop_counter import FlopCounterMode
 
     from export.models import empty_module
+    from export.models.layers import several
 
     peaks = next((peaks for word, peaks in PEAKS.items() if word in (gpu or "")), None)
     if peaks is None:
         return None
     module: Any = empty_module(contract.name, config).to("meta").requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        outputs = module(*(torch.from_numpy(array).to("meta") for array in inputs.values()))
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = several(module(*(torch.from_numpy(array).to("meta") for array in inputs.values())))
     size = sum(2 * parameter.numel() for parameter in module.parameters())
     size += sum(array.nbytes for array in inputs.values()) + sum(output.numel() * output.itemsize for output in outputs)
     return 1000 * max(float(counter.get_total_flops()) / peaks[0], float(size) / peaks[1])

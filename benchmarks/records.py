@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +38,13 @@ def figure(
         "spread": spread,
         "env": env,
     }
+
+
+def gate_records(figures: Mapping[str, Mapping[str, float]], workload: str, env: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the export has measured of each output of an engine, by the worst of them."""
+    for metric, worst in (("cosine", min), ("p99_error", max), ("matched", min), ("mask_iou", min)):
+        if values := [own[metric] for own in figures.values() if metric in own]:
+            yield record("gate", workload, metric, worst(values), "ratio", values, env)
 
 
 def append(records: Sequence[dict[str, Any]]) -> Path:

@@ -14,14 +14,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 
-from .records import RESULTS, command, nvidia_smi, record
+from .records import gate_records, machine, record
 
 TENSORRT = "8.6"
 AT_ONCE = 8
@@ -42,10 +41,7 @@ class Proof:
     def __init__(self, folder: Path, out: Path, python: Sequence[str], build_timeout_s: float, deadline_s: float) -> None:
         self._folder, self._out, self._python = folder, out, python
         self._build_timeout_s, self._end = build_timeout_s, time.monotonic() + deadline_s
-        gpu, driver, *_ = (*nvidia_smi("name,driver_version"), None, None)
-        git = command("git", "-C", str(RESULTS), "describe", "--always", "--dirty")
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._env = {"gpu": gpu, "driver": driver, "torch": None, "tritonserver": None, "tensorrt": TENSORRT, "git": git, "date": now}
+        self._env = {**machine(), "torch": None, "tritonserver": None, "tensorrt": TENSORRT}
 
     def say(self, line: str) -> None:
         """To whoever looks on, and to the summary."""
@@ -101,9 +97,7 @@ class Proof:
         workload = f"{preset}_tensorrt{TENSORRT}_{precision}"
         figures, latency_ms = result["figures"], result["latency_ms"]
         lines = [record("component", workload, f"{component}.latency_ms", float(np.median(latency_ms)), "ms", latency_ms, env)]
-        for metric, worst in (("cosine", min), ("p99_error", max), ("matched", min)):
-            if values := [own[metric] for own in figures.values() if metric in own]:
-                lines.append(record("gate", f"{workload}_{component}", metric, worst(values), "ratio", values, env))
+        lines += gate_records(figures, f"{workload}_{component}", env)
         for line in lines:
             with (self._out / f"{line['suite']}.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -76,9 +76,7 @@ class Captured:
             Captured._pool = torch.cuda.CUDAGraph()
             with torch.cuda.graph(Captured._pool):  # lives as long as the process: a pool ends with its last graph
                 torch.zeros(1, device="cuda")
-        places = [self._place(index, tensor) for index, tensor in enumerate(inputs)]
-        for place, tensor in zip(places, inputs, strict=True):
-            place.copy_(tensor)
+        places = [self._place(index, tensor) for index, tensor in enumerate(inputs)]  # filled by whoever replays: nothing runs here
         torch.cuda.synchronize()
         idle, graph = torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=Captured._pool.pool(), capture_error_mode="thread_local"):

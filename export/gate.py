@@ -146,12 +146,13 @@ def run_module(module: Module, contract: Component, inputs: Arrays) -> Arrays:
     """What torch computes in float32: on the GPU where four times the weights fit, since a large tower takes minutes on a CPU."""
     import torch
 
+    from .models.layers import several
+
     size = sum(parameter.nbytes for parameter in module.parameters())
     device = "cuda" if torch.cuda.is_available() and 4 * size < torch.cuda.mem_get_info()[0] else "cpu"
     module.to(device)
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        outputs = module(*(torch.from_numpy(inputs[spec.name]).to(device) for spec in contract.inputs))
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = several(module(*(torch.from_numpy(inputs[spec.name]).to(device) for spec in contract.inputs)))
     return {spec.name: tensor.cpu().numpy() for spec, tensor in zip(contract.outputs, outputs, strict=True)}
 
 

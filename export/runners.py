@@ -460,7 +460,7 @@ class TorchDecoder(DecoderEnds):
     def _reserve(self, slots: int, positions: int) -> None:
         """Lets the cache grow to as many answers and positions as there ever were at once; on a GPU an answer has all of its positions."""
         _, had_slots, _, had_positions, _ = self._keys.shape
-        positions = min(self._ring, self._ring if self._place.device.on_gpu else positions)
+        positions = self._ring if self._place.device.on_gpu else min(positions, self._ring)
         if slots <= had_slots and positions <= had_positions:
             return
         steps = -(-max(positions, had_positions) // POSITIONS_STEP)

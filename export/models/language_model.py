@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -197,14 +198,14 @@ def write_(cache: Tensor, slots: Tensor, new: Tensor) -> Tensor:
 def over_prompt(visible: Callable[[Tensor, int], Tensor], positions: Tensor, window: int | None) -> Attend:
     """Attention of a prompt's tokens over each other; the last ones are written to the caches."""
     count, length = positions.shape
-    mask = None if positions.is_cuda else visible(positions, length)
+    mask = cache(lambda: visible(positions, length))  # one for all layers, where there is need of it
 
     def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept = positions[0, -keys.shape[2] :]
         keys[:, :, kept % keys.shape[2]] = k[:, :, kept].to(keys.dtype)
         values[:, :, kept % keys.shape[2]] = v[:, :, kept].to(values.dtype)
-        if mask is not None or q.dtype not in (torch.float16, torch.bfloat16):
-            return F.scaled_dot_product_attention(q, k, v, visible(positions, length) if mask is None else mask), keys, values
+        if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+            return F.scaled_dot_product_attention(q, k, v, mask()), keys, values
         # Flash attention reads no keys beyond the window, where a mask would be read for every pair of tokens.
         from torch.nn.attention.varlen import varlen_attn
 
