@@ -7,7 +7,7 @@ loop) and `gate` (what the export has measured against torch in float32).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,28 @@ from tqdm import tqdm
 
 from ensemble.components import components
 from ensemble.config import ModelConfig
+from ensemble.generation import Decoder
 from ensemble.tensors import Arrays, Component
 from export.manifest import Manifest, read
-from export.runners import TensorGraph, open_decoder, open_graph
+from export.runners import (
+    QUANTIZATION_BITS,
+    Engine,
+    TensorGraph,
+    TorchDecoder,
+    TorchDevice,
+    engine_file,
+    load_module,
+    open_decoder,
+    open_graph,
+    torch_device,
+)
 
 from .records import append, gate_records, machine, record
 
 WARM_UP, REPEATS = 5, 50
 BATCHES = {"frames": (1, 4), "objects": (1, 4, 8)}
 """Size to what it is measured at; the others stay at the usual ones."""
-PROMPT_TOKENS, NEW_TOKENS = 3400, 64
+PROMPT_TOKENS, NEW_TOKENS, PREFILLS = 3400, 64, 5
 ANSWERS = (1, 8)
 PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 """Word of a GPU's name to its dense bfloat16 operations and bytes per second, by its vendor."""
@@ -34,18 +46,25 @@ PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 
 @click.command()
 @click.argument("repository", type=click.Path(path_type=Path, exists=True))
-def main(repository: Path) -> None:
+@click.option("--graph", "only", multiple=True, help="Only this graph; repeatable. [default: all]")
+@click.option("--compiled", is_flag=True, help="Graphs in torch at their least size, as torch.compile has them (reduce-overhead).")
+@click.option("--quantization", type=click.Choice(list(QUANTIZATION_BITS)), default="none", help="Of the language model's layers.")
+def main(repository: Path, only: Sequence[str], compiled: bool, quantization: str) -> None:
     """Measure the graphs of REPOSITORY, as its servers would run them."""
     lines: dict[str, list[dict[str, Any]]] = {"component": [], "gate": [], "llm": []}
     config = ModelConfig.load(repository / "frame_encoder" / "1" / "config.json")
-    manifests = {path.stem: path.parent for path in sorted(repository.glob("*/1/*.json")) if path.stem in components(config)}
+    manifests = {path.stem: path.parent for path in sorted(repository.glob("*/1/*.json")) if path.stem in (only or components(config))}
     for component, folder in tqdm(manifests.items(), unit="graph"):
         made = read(folder, component)
         env = {**machine(), "engine_kinds": {component: made.engine_kind}, "preset": config.preset, "precision": made.precision}
         name = f"{config.preset}_{made.engine_kind}_{made.precision}"
+        if compiled:
+            lines["component"] += compiled_lines(folder, made, config, name, env)
+            continue
         lines["gate"] += gate_records(made.gate, f"{name}_{component}", env)
         if component == "language_decoder":
-            lines["llm"] += decode_lines(folder, made, config, name, env)
+            parameters, suffix = {**engine(made), "quantization": quantization}, "" if quantization == "none" else f"_{quantization}"
+            lines["llm"] += decode_lines(open_decoder(parameters, folder, config), config, f"{name}{suffix}", env)
         else:
             lines["component"] += latency_lines(folder, made, config, name, env)
     for own in filter(None, lines.values()):
@@ -69,6 +88,27 @@ def latency_lines(folder: Path, made: Manifest, config: ModelConfig, name: str, 
             yield record("component", workload, f"{made.component}.latency_ms", median, "ms", samples, env)
             if floor := floor_ms(contract, config, inputs, env["gpu"]):
                 yield record("component", workload, f"{made.component}.share_of_floor", floor / median, "ratio", samples, env)
+
+
+def compiled_lines(folder: Path, made: Manifest, config: ModelConfig, name: str, env: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a graph's module does under torch.compile, for comparison."""
+    import torch
+    from torch._inductor import config as inductor
+
+    inductor.triton.coalesce_tiling_analysis = False  # as in export.to_aoti
+    contract, device, dtype = components(config)[made.component], torch_device(), getattr(torch, made.precision)
+    sizes = batches(contract)[0]
+    module = load_module(folder / engine_file(Engine(made.engine_kind, made.precision), made.component), made.component, config).to(device)
+    run = torch.compile(module, mode="reduce-overhead", dynamic=False)
+    tensors = [torch.from_numpy(array).to(device) for array in contract.sample(0, **sizes).values()]
+
+    def call() -> None:
+        with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            run(*tensors)
+
+    samples = measured(call)
+    label = "".join(f"_{count}_{size}" for size, count in sizes.items())
+    yield record("component", f"{name}_compiled{label}", f"{made.component}.latency_ms", np.median(samples), "ms", samples, env)
 
 
 def batches(contract: Component) -> list[dict[str, int]]:
@@ -132,14 +172,14 @@ def floor_ms(contract: Component, config: ModelConfig, inputs: Arrays, gpu: str 
     return 1000 * max(float(counter.get_total_flops()) / peaks[0], float(size) / peaks[1])
 
 
-def decode_lines(folder: Path, made: Manifest, config: ModelConfig, name: str, env: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def decode_lines(decoder: Decoder, config: ModelConfig, name: str, env: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Prefill of a long prompt, and tokens per second of answers that go on together; by this process's clock, results on the host."""
-    decoder = open_decoder(engine(made), folder, config)
     length = min(PROMPT_TOKENS, config.max_sequence - NEW_TOKENS - WARM_UP)
-    prompt = np.random.default_rng(0).standard_normal((length, config.language.width)).astype(np.float32)
+    drawn = np.random.default_rng(0).standard_normal((length, config.language.width)).astype(np.float32)
+    prompt = TorchDevice().put(drawn) if isinstance(decoder, TorchDecoder) else drawn  # where the towers leave it
     for answers in ANSWERS:
         prefills, steps = [], []
-        for slot in [0] * WARM_UP + list(range(answers)):
+        for slot in [0] * WARM_UP + list(range(answers)) * PREFILLS:
             start = time.perf_counter()
             decoder.prefill(slot, [prompt])
             prefills.append(1000 * (time.perf_counter() - start))

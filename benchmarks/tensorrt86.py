@@ -1,6 +1,6 @@
 """Proves the graphs that `python -m export.proof prepare` wrote with TensorRT 8.6: builds, runs and measures every one of them.
 
-    python3 -m benchmarks.tensorrt86 CASES -o OUT PYTHON...     PYTHON: the command of an interpreter that has tensorrt
+    python3 -m benchmarks.tensorrt86 CASES -o OUT [--case NAME]... -- PYTHON...     PYTHON: the command of an interpreter that has tensorrt
 
 Figures go to the suites `gate` and `component`, as they come; what failed, and why, to summary.txt.
 """
@@ -117,12 +117,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("python", nargs="+", help="command of the interpreter with tensorrt")
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--build-timeout-s", type=float, default=120)
-    parser.add_argument("--deadline-s", type=float, default=330)
+    parser.add_argument("--case", action="append", help="only this case; repeatable")
+    parser.add_argument("--build-timeout-s", type=float, default=240)
+    parser.add_argument("--deadline-s", type=float, default=500)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     proof = Proof(given.folder, given.out, given.python, given.build_timeout_s, given.deadline_s)
-    for cases in by_preset(json.loads((given.folder / "cases.json").read_text())):
+    for cases in by_preset(given.case or json.loads((given.folder / "cases.json").read_text())):
         proof.run(proof.build(cases))
 
 

@@ -100,8 +100,10 @@ TRITON_IDLE_S = 120
 TRITON_SEQUENCES = 32768
 """Tracking sessions that Triton lets through to the tracker, which refuses surplus ones with a message. A client that vanishes, or is
 refused and sends no END, holds one until TRITON_IDLE_S: enough for 270 a second."""
-BATCH_DELAY_US = 500
-"""How long a frame waits for frames of other sessions to share its step."""
+TOKEN_DELAY_US = 500
+"""How long the next token of an answer waits for those of others to share its step: they are asked for when the last step has answered.
+Frames do not wait: those that come while a step runs share the next.
+"""
 MAX_FRAME_BATCH = 8
 """Frames of different sessions in one step."""
 MAX_OBJECT_BATCH = 16

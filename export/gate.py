@@ -73,7 +73,7 @@ def pass_gate(graph: Graph, module: Module, component: str, precision: str, real
 
 
 def seeded_inputs(contract: Component) -> Iterator[Arrays]:
-    """Of the usual sizes, of the least ones, and of a decode step."""
+    """Of the usual sizes, of the least ones, and where there is a cache of a decode step and of a prompt that fills it."""
     usual, smallest = ({name: getattr(size, which) for name, size in contract.dims.items()} for which in ("opt", "min"))
     inputs = contract.sample(0, **usual)
     if usual != smallest and sum(array.nbytes for array in inputs.values()) <= LARGE:
@@ -81,6 +81,8 @@ def seeded_inputs(contract: Component) -> Iterator[Arrays]:
     yield contract.sample(1, **smallest)
     if smallest.keys() >= DECODE_STEP.keys():
         yield contract.sample(2, **{**smallest, **DECODE_STEP})
+        slots = DECODE_STEP["slots"]
+        yield {**contract.sample(3, **{**smallest, "tokens": slots, "slots": slots}), "positions": np.arange(slots)[None]}
 
 
 def judge(contract: Component, figures: Gate, stable: Gate, precision: str) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from .models.language_model import LanguageDecoder
+    from .models.language_model import CompiledLayer, LanguageDecoder
     from .models.layers import Graph as Module
 
 ENGINE_SUFFIX = {"torch": ".safetensors", "onnx": ".onnx", "aoti": ".pt2", "tensorrt": ".plan"}
@@ -301,27 +301,49 @@ def load_package(path: Path) -> Callable[..., Tensor | Sequence[Tensor]]:
     return package
 
 
-def load_compiled(path: Path, config: ModelConfig) -> tuple[Any, Callable[..., Tensor | Sequence[Tensor]]]:
-    """The language decoder's module, and the layer that was compiled from it, which lies beside its weights."""
-    return load_module(path.with_suffix(ENGINE_SUFFIX["torch"]), "language_decoder", config), load_package(path)
+@dataclass(frozen=True)
+class CompiledLayers:
+    """What stands for every layer of the language decoder, in a step and in a prompt; the module's own where not given.
+
+    Args:
+        decode, prompt: `export.models.language_model.DecodeLayer` and `PromptLayer`, compiled.
+    """
+
+    decode: CompiledLayer | None = None
+    prompt: CompiledLayer | None = None
+
+
+def load_compiled(path: Path, config: ModelConfig) -> tuple[Any, CompiledLayers]:
+    """The language decoder's module, and the layers that were compiled from it, which lie beside its weights."""
+    module = load_module(path.with_suffix(ENGINE_SUFFIX["torch"]), "language_decoder", config)
+    return module, CompiledLayers(load_package(path), load_package(prompt_package(path)))
+
+
+def prompt_package(path: Path) -> Path:
+    """The second package of the language decoder's engine."""
+    return path.with_stem(f"{path.stem}_prompt")
 
 
 class CompiledSteps(TensorGraph):
-    """The language decoder as one graph for the gate: a single token goes through the compiled layer, several through the module.
+    """The language decoder as one graph for the gate: a single token, and a prompt that fills the caches, go through compiled layers.
 
     Args:
         module: its weights and sizes.
-        layer: `export.models.language_model.DecodeLayer`, compiled.
+        layers: compiled.
         precision: one of PRECISIONS.
     """
 
-    def __init__(self, module: LanguageDecoder, layer: Callable[..., Tensor | Sequence[Tensor]], precision: str) -> None:
+    def __init__(self, module: LanguageDecoder, layers: CompiledLayers, precision: str) -> None:
         place = TorchPlace(module, precision)
 
         def call(embeddings: Tensor, positions: Tensor, *caches: Tensor) -> Sequence[Tensor]:
             keys, values = (cache.to(place.dtype, copy=True) for cache in caches)
+            length, slots = embeddings.shape[1], keys.shape[3]
             with place.inference():
-                outputs = module.decode_(embeddings, positions, keys, values, layer if embeddings.shape[1] == 1 else None)
+                if 1 < length == slots:
+                    outputs = module.prefill_(embeddings, keys, values, layers.prompt)
+                else:
+                    outputs = module.decode_(embeddings, positions, keys, values, layers.decode if length == 1 else None)
             return *outputs, keys, values
 
         super().__init__("language_decoder", module.config, call)
@@ -392,7 +414,7 @@ class TorchDecoder(DecoderEnds):
         decoder: its weights and sizes.
         embedder, projector: graphs of token_embedder and prompt_projector.
         precision: one of PRECISIONS; of the cache too.
-        layer: a compiled layer of a step (`export.models.language_model.DecodeLayer`); the module's own where not given.
+        layers: compiled ones.
         capturable: whether its layers ask the device for nothing while they run; those of bitsandbytes do.
     """
 
@@ -402,13 +424,13 @@ class TorchDecoder(DecoderEnds):
         embedder: Graph,
         projector: Graph,
         precision: str = "float32",
-        layer: Callable[..., Tensor | Sequence[Tensor]] | None = None,
+        layers: CompiledLayers = CompiledLayers(),
         capturable: bool = True,
     ) -> None:
         from .models.language_model import ring_slots
 
         super().__init__(embedder, projector)
-        self._decoder, self._place, self._layer = decoder, TorchPlace(decoder, precision), layer
+        self._decoder, self._place, self._layers = decoder, TorchPlace(decoder, precision), layers
         self._captures = capturable and self._place.device.on_gpu
         self._lengths = np.zeros(settings.MAX_GENERATIONS, np.int64)
         self._ring = ring_slots(decoder.config)
@@ -422,7 +444,7 @@ class TorchDecoder(DecoderEnds):
         self._reserve(slot + 1, length)
         with self._place.inference():
             whole = torch.cat([self._place.device.put(piece) for piece in embeddings])[None]
-            tensors = self._decoder.prefill_(whole, self._keys[:, rows], self._values[:, rows])
+            tensors = self._decoder.prefill_(whole, self._keys[:, rows], self._values[:, rows], self._layers.prompt)
         self._lengths[slot] = length
         logits, states = map(self._place.device.host, tensors)
         return logits[0], states[0]
@@ -455,7 +477,7 @@ class TorchDecoder(DecoderEnds):
         (embeddings,) = several(self._embedder.call(token_ids))
         caches = self._keys[:, : len(lengths)], self._values[:, : len(lengths)]
         with self._place.inference():
-            return self._decoder.decode_(embeddings.float()[:, None], lengths[:, None], *caches, self._layer)
+            return self._decoder.decode_(embeddings.float()[:, None], lengths[:, None], *caches, self._layers.decode)
 
     def _reserve(self, slots: int, positions: int) -> None:
         """Lets the cache grow to as many answers and positions as there ever were at once; on a GPU an answer has all of its positions."""
@@ -575,14 +597,14 @@ def open_decoder(parameters: Mapping[str, str], folder: Path, config: ModelConfi
     embedder, projector = (open_graph(parameters, folder, name, config) for name in ("token_embedder", "prompt_projector"))
     if engine.engine_kind == "onnx":
         return GraphDecoder(open_graph(parameters, folder, "language_decoder", config), embedder, projector, config)
-    path, layer = engine_path(engine, folder, "language_decoder"), None
+    path, layers = engine_path(engine, folder, "language_decoder"), CompiledLayers()
     if engine.engine_kind == "aoti":
-        module, layer = load_compiled(path, config)
+        module, layers = load_compiled(path, config)
     else:
         module = load_module(path, "language_decoder", config)
     if bits := QUANTIZATION_BITS[engine.quantization]:
         quantize(module, bits, torch_device())
-    decoder = TorchDecoder(module, embedder, projector, engine.precision, layer, capturable=not bits)
+    decoder = TorchDecoder(module, embedder, projector, engine.precision, layers, capturable=not bits)
     decoder.prefill(0, [np.zeros((1, config.language.width), np.float32)])
     for _ in range(2):  # the second is captured
         decoder.decode([0], [0])
@@ -643,8 +665,15 @@ def as_stored(module: Module, component: str, precision: str) -> Module:
 
 
 def stored(module: Module, precision: str) -> dict[str, Tensor]:
-    """A component's weights by its own names: matrices in a precision, vectors (norms, biases) in float32."""
+    """A component's weights by its own names: matrices and the biases of their products in a precision, other vectors (norms) in float32.
+
+    Autocast would round those biases in every call.
+    """
     import torch
 
-    dtype = getattr(torch, precision)
-    return {name: (tensor.to(dtype) if tensor.ndim > 1 else tensor).contiguous() for name, tensor in module.state_dict().items()}
+    dtype, weights = getattr(torch, precision), module.state_dict()
+
+    def is_product(name: str) -> bool:
+        return weights[name].ndim > 1 or (name.endswith(".bias") and weights[f"{name.removesuffix('bias')}weight"].ndim > 1)
+
+    return {name: (tensor.to(dtype) if is_product(name) else tensor).contiguous() for name, tensor in weights.items()}

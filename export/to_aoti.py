@@ -12,6 +12,7 @@ from ensemble import settings
 from ensemble.components import components
 from ensemble.tensors import Component
 
+from .runners import prompt_package
 from .to_onnx import export_sizes
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from .models.language_model import LanguageDecoder
     from .models.layers import Graph
+
+PROMPT_TOKENS = 1024
+"""Of the prompt that the language model's layer is compiled with: kernels are chosen for sizes like it."""
 
 
 def aoti_from_torch(module: Graph, component: str, path: Path, precision: str, device: str) -> None:
@@ -40,10 +44,10 @@ def aoti_from_torch(module: Graph, component: str, path: Path, precision: str, d
 
 
 def aoti_from_decoder(decoder: LanguageDecoder, path: Path, precision: str, device: str) -> None:
-    """Compiles the layer that a decode step goes through once for each of the decoder's; arguments as of `aoti_from_torch`."""
+    """Compiles what stands for each of the decoder's layers, in a step and in a prompt: two packages; arguments as of `aoti_from_torch`."""
     import torch
 
-    from .models.language_model import DecodeLayer, ring_slots
+    from .models.language_model import DecodeLayer, PromptLayer, ring_slots
 
     language, slots, count = decoder.config.language, ring_slots(decoder.config), 2
     size = language.width // language.heads
@@ -55,7 +59,16 @@ def aoti_from_decoder(decoder: LanguageDecoder, path: Path, precision: str, devi
     rows, ring = torch.export.Dim("sequences", max=settings.MAX_GENERATIONS), torch.export.Dim("slots", min=2, max=slots)
     sizes = ({0: rows}, {0: rows}, {0: rows}, {0: rows}, {0: rows, 3: ring}, {0: rows, 2: ring}, {0: rows, 2: ring})
     weights = tuple(layer.parameters())
-    compile_package(DecodeLayer(layer), (*inputs, *weights), (*sizes, (None,) * len(weights)), path, precision, device)
+    fixed = (None,) * len(weights)
+    compile_package(DecodeLayer(layer), (*inputs, *weights), (*sizes, fixed), path, precision, device)
+
+    tokens = torch.export.Dim("tokens", min=2, max=decoder.config.max_sequence)
+    prompt = [torch.zeros(1, PROMPT_TOKENS, language.width, device=device)]
+    prompt += [torch.zeros(1, 1, PROMPT_TOKENS, size // 2, dtype=decoder.cos.dtype, device=device) for _ in range(2)]
+    along = ({1: tokens}, {2: tokens}, {2: tokens})
+    compile_package(
+        PromptLayer(layer, language.sliding_window), (*prompt, *weights), (*along, fixed), prompt_package(path), precision, device
+    )
 
 
 def compile_package(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: Any, path: Path, precision: str, device: str) -> None:

@@ -71,6 +71,7 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json")
 
 IDLE_S = {"language_model": settings.GENERATION_IDLE_S, "tracker": settings.TRITON_IDLE_S}
 BATCH = {"language_model": settings.MAX_GENERATIONS, "tracker": settings.MAX_FRAME_BATCH}
+DELAY_US = {"language_model": settings.TOKEN_DELAY_US, "tracker": 0}
 CANDIDATES = {"language_model": settings.MAX_GENERATIONS, "tracker": settings.TRITON_SEQUENCES}
 """Sequences that Triton lets in: answers beyond the cache's slots wait; surplus tracking sessions get in and are refused with a
 message by the tracker itself."""
@@ -149,7 +150,7 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
     if batched:
         fields["model_warmup"] = [warmup_fields(model)]
         fields["max_batch_size"] = leading(model.inputs[0]).max
-        fields["dynamic_batching"] = {"max_queue_delay_microseconds": settings.BATCH_DELAY_US}
+        fields["dynamic_batching"] = {}
     if model.serving == "function":
         fields["max_batch_size"] = settings.MAX_FRAME_BATCH
     if model.serving == "stream":
@@ -160,7 +161,7 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
             "max_sequence_idle_microseconds": IDLE_S[model.name] * 1_000_000,
             "oldest": {
                 "max_candidate_sequences": CANDIDATES[model.name],
-                "max_queue_delay_microseconds": settings.BATCH_DELAY_US,
+                "max_queue_delay_microseconds": DELAY_US[model.name],
             },
         }
     return fields

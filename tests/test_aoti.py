@@ -1,6 +1,7 @@
 """A compiled package computes what torch does at every size, and runs only on the machine that it was compiled for."""
 
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,9 +9,21 @@ import pytest
 from ensemble.components import components
 from ensemble.config import TINY
 from export import runners, to_repository
+from export.gate import pass_gate
 from export.manifest import ManifestError
-from export.runners import AotiGraph, Engine, TorchGraph, open_graph, open_graphs
-from export.to_aoti import check_linkage
+from export.runners import (
+    AotiGraph,
+    CompiledLayers,
+    CompiledSteps,
+    Engine,
+    TorchGraph,
+    as_stored,
+    load_compiled,
+    open_graph,
+    open_graphs,
+    save_module,
+)
+from export.to_aoti import aoti_from_decoder, check_linkage
 
 PART = "prompt_projector"
 SETTINGS = {"engine_kind": "aoti", "precision": "bfloat16"}
@@ -22,6 +35,22 @@ def folder(tiny, tmp_path_factory):
     to_repository.opened.cache_clear()
     to_repository.export_graph(tiny.root, PART, Engine(**SETTINGS), [folder])
     return folder
+
+
+def test_language_model_passes_the_gate_through_compiled_layers(tiny, tmp_path):
+    decoder = tiny.build("language_decoder")
+    path = tmp_path / "language_decoder.pt2"
+    save_module(decoder, path.with_suffix(".safetensors"), "bfloat16")
+    aoti_from_decoder(as_stored(decoder, "language_decoder", "bfloat16"), path, "bfloat16", "cpu")
+    module, layers = load_compiled(path, TINY)
+    calls = Counter()
+
+    def counted(name):
+        return lambda *tensors: (calls.update([name]), getattr(layers, name)(*tensors))[1]
+
+    steps = CompiledSteps(module, CompiledLayers(counted("decode"), counted("prompt")), "bfloat16")
+    pass_gate(steps, decoder, "language_decoder", "bfloat16")
+    assert set(calls) == {"decode", "prompt"}
 
 
 @pytest.mark.parametrize("states", [1, 2, 7])

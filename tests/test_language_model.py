@@ -12,7 +12,7 @@ from ensemble.frames import encoder_indices
 from ensemble.options import Options
 from ensemble.pipeline import Clip, Pipeline
 from ensemble.runner import LocalRunner
-from export.models.language_model import DecodeLayer, LanguageDecoder
+from export.models.language_model import DecodeLayer, LanguageDecoder, PromptLayer
 from export.runners import TorchGraph
 from tests import goldens
 from tests.test_vision_encoder import visual_tokens
@@ -161,6 +161,16 @@ def test_one_compiled_layer_stands_for_all():
     embeddings, caches = make_embeddings(2, 1), [make_caches(decoder, 2, LENGTH, fill=0.5) for _ in range(2)]
     expected = decoder.decode_(embeddings, positions_of(3, 5), *caches[0])
     got = decoder.decode_(embeddings, positions_of(3, 5), *caches[1], DecodeLayer(decoder.layers[0]))
+    for own, wanted in zip((*got, *caches[1]), (*expected, *caches[0]), strict=True):
+        torch.testing.assert_close(own, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_one_compiled_layer_stands_for_all_of_a_prompt(window):
+    decoder, _ = make_pair(window)
+    embeddings, caches = make_embeddings(1, LENGTH), [make_caches(decoder, 1, LENGTH - 2, fill=0.5) for _ in range(2)]
+    expected = decoder.prefill_(embeddings, *caches[0])
+    got = decoder.prefill_(embeddings, *caches[1], PromptLayer(decoder.layers[0], window))
     for own, wanted in zip((*got, *caches[1]), (*expected, *caches[0]), strict=True):
         torch.testing.assert_close(own, wanted, rtol=0, atol=0)
 

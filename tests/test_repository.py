@@ -88,8 +88,9 @@ def test_idle_timeouts_and_capacities_are_those_of_the_sessions(preset):
     assert language.oldest.max_candidate_sequences == configs["language_model"].max_batch_size == settings.MAX_GENERATIONS
     assert tracker.oldest.max_candidate_sequences > 100 * settings.MAX_SESSIONS
     assert configs["tracker"].max_batch_size == configs["sparrow_track"].max_batch_size == settings.MAX_FRAME_BATCH
-    for sequences in (tracker, language):
-        assert sequences.oldest.max_queue_delay_microseconds == settings.BATCH_DELAY_US
+    assert language.oldest.max_queue_delay_microseconds == settings.TOKEN_DELAY_US
+    assert tracker.oldest.max_queue_delay_microseconds == 0
+    assert configs["frame_encoder"].HasField("dynamic_batching")
 
 
 def test_requests_of_several_sizes_share_a_batch_where_requests_are_batched(preset):

@@ -9,7 +9,18 @@ from ensemble.config import TINY
 from export.manifest import ManifestError
 from export.models import graph_class
 from export.models.language_model import ring_slots
-from export.runners import POSITIONS_STEP, Engine, TorchDecoder, TorchGraph, load_graph, load_module, open_graph, save_module, share_weights
+from export.runners import (
+    POSITIONS_STEP,
+    Engine,
+    TorchDecoder,
+    TorchGraph,
+    as_stored,
+    load_graph,
+    load_module,
+    open_graph,
+    save_module,
+    share_weights,
+)
 
 WIDTH = TINY.language.width
 
@@ -63,8 +74,7 @@ def test_stored_modules_are_opened_in_their_precision(tmp_path, precision):
     projector = module("prompt_projector")
     save_module(projector, tmp_path / "prompt_projector.safetensors", precision)
     stored = load_module(tmp_path / "prompt_projector.safetensors", "prompt_projector", TINY)
-    assert {tensor.dtype for tensor in stored.state_dict().values() if tensor.ndim > 1} == {getattr(torch, precision)}
-    assert {tensor.dtype for tensor in stored.state_dict().values() if tensor.ndim == 1} == {torch.float32}
+    assert {tensor.dtype for tensor in stored.state_dict().values()} == {getattr(torch, precision)}
 
     inputs = components(TINY)["prompt_projector"].sample(0, states=3)
     expected = TorchGraph(projector, "prompt_projector").run(inputs)["prompt_embeddings"]
@@ -73,6 +83,13 @@ def test_stored_modules_are_opened_in_their_precision(tmp_path, precision):
     assert got.dtype == np.float32
     tolerance = 0 if precision == "float32" else 2e-3  # one half-precision ulp is 1e-3 of a value
     np.testing.assert_allclose(got, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+
+
+def test_norms_are_stored_in_float32():
+    kept = as_stored(module("memory_attention"), "memory_attention", "float16")
+    dtypes = {name: tensor.dtype for name, tensor in kept.state_dict().items()}
+    assert {dtype for name, dtype in dtypes.items() if "norm" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "norm" not in name} == {torch.float16}
 
 
 def test_graph_that_was_not_exported_is_named_with_the_way_to_make_it(tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ensemble.config import POOL, ModelConfig
-from export.models.language_model import Step
+from export.models.language_model import Caches, Step
 
 from .batches import IGNORED, NOTHING, QUESTIONS, Pool, Seen
 from .loop import Loss
@@ -36,13 +36,13 @@ def read(model: Model, embeddings: Tensor, turns: Tensor, positions: Tensor) -> 
     theirs = turns[:, None]
     visible = ((turns[:, :, None] == theirs) | (theirs == -1))[:, None] & (index[:, None] >= index)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return F.scaled_dot_product_attention(q, k, v, visible), keys, values  # the new tokens are all there is
+    def attend(q: Tensor, k: Tensor, v: Tensor, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
+        return F.scaled_dot_product_attention(q, k, v, visible), k, v  # the new tokens are all there is
 
     step = Step(decoder.cos[positions][:, None], decoder.sin[positions][:, None], attend)
     x = embeddings
     for layer in decoder.layers:
-        x, _, _ = layer(x, step, x, x)
+        x, _, _ = layer(x, step, None)
     states: Tensor = decoder.norm(x)
     return states
 

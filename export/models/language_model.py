@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,12 @@ from .layers import Graph, several
 
 Write = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(cache of one layer [N, heads, slots, C / heads], slots [N, S], new tokens [N, heads, S, C / heads]) to the cache with the tokens."""
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""(queries, keys and values [N, heads, S, C / heads] of new tokens, caches of one layer) to (mixed values, caches with the tokens)."""
+Caches = tuple[Tensor, Tensor]
+"""Keys and values of one layer, [N, heads, slots, C / heads] each."""
+Attend = Callable[[Tensor, Tensor, Tensor, Caches | None], tuple[Tensor, Tensor, Tensor]]
+"""(queries, keys and values [N, heads, S, C / heads] of new tokens, caches) to (mixed values, keys, values): those of the caches with the
+new tokens, or of a prompt, which has no caches before it, those of its tokens."""
+CompiledLayer = Callable[..., Tensor | Sequence[Tensor]]
 
 
 class TokenEmbedder(Graph):
@@ -96,7 +100,7 @@ class LanguageDecoder(Graph):
         step = self._step(positions, over_cache(visible, slots, with_tokens))
         x, caches = token_embeddings, []
         for index, layer in enumerate(self.layers):
-            x, *written = layer(x, step, key_cache[index], value_cache[index])
+            x, *written = layer(x, step, (key_cache[index], value_cache[index]))
             caches.append(written)
         new_keys, new_values = zip(*caches, strict=True)
         return *self._finish(x), torch.stack(new_keys), torch.stack(new_values)
@@ -107,38 +111,45 @@ class LanguageDecoder(Graph):
         positions: Tensor,
         key_cache: Tensor,
         value_cache: Tensor,
-        layer: Callable[..., Tensor | Sequence[Tensor]] | None = None,
+        compiled: CompiledLayer | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `forward`, but writes the new tokens into the given caches and returns (logits, final_states) only.
 
         The shapes alone decide what runs, so that a call can be captured into a CUDA graph.
 
         Args:
-            layer: a compiled `DecodeLayer` that stands for every layer.
+            compiled: a `DecodeLayer` that stands for every layer.
         """
         visible, slots = self.visible(positions, key_cache.shape[3]), slots_of(positions, key_cache.shape[3])
-        step = self._step(positions, over_cache(visible, slots, write_))
-        if layer is None:
-            return self._through(token_embeddings, step, key_cache, value_cache)
-        x = token_embeddings
-        for index, own in enumerate(self.layers):
-            x, *_ = several(layer(x, step.cos, step.sin, slots, visible, key_cache[index], value_cache[index], *own.parameters()))
+        step, x = self._step(positions, over_cache(visible, slots, write_)), token_embeddings
+        for index, layer in enumerate(self.layers):
+            caches = key_cache[index], value_cache[index]
+            if compiled is None:
+                x, *_ = layer(x, step, caches)
+            else:
+                x, *_ = several(compiled(x, step.cos, step.sin, slots, visible, *caches, *layer.parameters()))
         return self._finish(x)
 
-    def prefill_(self, token_embeddings: Tensor, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Reads whole prompts, as `decode_` would at positions 0, 1, ...; of a long one the last tokens stay in the caches."""
-        positions = torch.arange(token_embeddings.shape[1], device=token_embeddings.device).expand(token_embeddings.shape[:2])
-        step = self._step(positions, over_prompt(self.visible, positions, self.config.language.sliding_window))
-        return self._through(token_embeddings, step, key_cache, value_cache)
+    def prefill_(
+        self, token_embeddings: Tensor, key_cache: Tensor, value_cache: Tensor, compiled: CompiledLayer | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Reads whole prompts, as `decode_` would at positions 0, 1, ...; of a long one the last tokens stay in the caches.
+
+        Args:
+            compiled: a `PromptLayer` that stands for every layer.
+        """
+        positions = torch.arange(token_embeddings.shape[1], device=token_embeddings.device)[None]
+        mask = cache(lambda: self.visible(positions, positions.shape[1]))  # one for all layers, where there is need of it
+        step, x = self._step(positions, over_prompt(self.config.language.sliding_window, mask)), token_embeddings
+        for index, layer in enumerate(self.layers):
+            x, *tokens = layer(x, step, None) if compiled is None else several(compiled(x, step.cos, step.sin, *layer.parameters()))
+            for own, new in zip((key_cache[index], value_cache[index]), tokens, strict=True):
+                fill_(own, new)
+        return self._finish(x)
 
     def _step(self, positions: Tensor, attend: Attend) -> Step:
         # [N, S] -> [N, 1, S, C / heads / 2]
         return Step(F.embedding(positions, self.cos).unsqueeze(1), F.embedding(positions, self.sin).unsqueeze(1), attend)
-
-    def _through(self, x: Tensor, step: Step, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor]:
-        for index, layer in enumerate(self.layers):
-            x, *_ = layer(x, step, key_cache[index], value_cache[index])
-        return self._finish(x)
 
     def _finish(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(logits, final_states) after the last token."""
@@ -176,9 +187,9 @@ def slots_of(positions: Tensor, slots: int) -> Tensor:
 def over_cache(visible: Tensor, slots: Tensor, write: Write) -> Attend:
     """Attention over the caches, to which the new tokens are written first."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keys = write(keys, slots, k.to(keys.dtype))
-        values = write(values, slots, v.to(values.dtype))
+    def attend(q: Tensor, k: Tensor, v: Tensor, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
+        assert caches is not None
+        keys, values = (write(own, slots, new.to(own.dtype)) for own, new in zip(caches, (k, v), strict=True))
         return F.scaled_dot_product_attention(q, keys, values, visible), keys, values
 
     return attend
@@ -195,27 +206,26 @@ def write_(cache: Tensor, slots: Tensor, new: Tensor) -> Tensor:
     return cache
 
 
-def over_prompt(visible: Callable[[Tensor, int], Tensor], positions: Tensor, window: int | None) -> Attend:
-    """Attention of a prompt's tokens over each other; the last ones are written to the caches."""
-    count, length = positions.shape
-    mask = cache(lambda: visible(positions, length))  # one for all layers, where there is need of it
+def over_prompt(window: int | None, mask: Callable[[], Tensor]) -> Attend:
+    """Attention of a prompt's tokens over each other and, where they have one, within a window; a GPU in half precision needs no mask."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        kept = positions[0, -keys.shape[2] :]
-        keys[:, :, kept % keys.shape[2]] = k[:, :, kept].to(keys.dtype)
-        values[:, :, kept % keys.shape[2]] = v[:, :, kept].to(values.dtype)
+    def attend(q: Tensor, k: Tensor, v: Tensor, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
         if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
-            return F.scaled_dot_product_attention(q, k, v, mask()), keys, values
+            return F.scaled_dot_product_attention(q, k, v, mask()), k, v
         # Flash attention reads no keys beyond the window, where a mask would be read for every pair of tokens.
-        from torch.nn.attention.varlen import varlen_attn
-
-        bounds = length * torch.arange(count + 1, device=q.device, dtype=torch.int32)
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [N, heads, S, C / heads] -> [N * S, heads, C / heads]
-        mixed = varlen_attn(q, k, v, bounds, bounds, length, length, window_size=(-1 if window is None else window, 0))
-        assert isinstance(mixed, Tensor)
-        return mixed.unflatten(0, (count, length)).transpose(1, 2), keys, values
+        length, by_token = q.shape[2], [x.transpose(1, 2) for x in (q, k, v)]  # [N, heads, S, C / heads] -> [N, S, heads, C / heads]
+        options: dict[str, Any] = {"dropout_p": 0.0, "is_causal": True, "return_debug_mask": False, "window_size_left": window}
+        mixed, *_ = torch.ops.aten._flash_attention_forward(*by_token, None, None, length, length, **options)
+        return mixed.transpose(1, 2), k, v
 
     return attend
+
+
+def fill_(cache: Tensor, new: Tensor) -> None:
+    """Writes what a prompt's tokens leave in a ring, in place: [N, heads, S, C / heads] at positions 0, 1, ..., of which the last stay."""
+    kept = new[:, :, -cache.shape[2] :]
+    first = new.shape[2] - kept.shape[2]
+    cache[:, :, : kept.shape[2]] = kept.roll(first, 2)
 
 
 class Layer(nn.Module):
@@ -228,14 +238,15 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.width, config.rms_norm_eps)
         self.mlp = Mlp(config.width, config.mlp_width)
 
-    def forward(self, x: Tensor, step: Step, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mixed, keys, values = self.self_attn(self.input_layernorm(x), step, keys, values)
+    def forward(self, x: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, S, C] through the layer, and what `Attend` has of keys and values."""
+        mixed, keys, values = self.self_attn(self.input_layernorm(x), step, caches)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), keys, values
 
 
-class DecodeLayer(nn.Module):
-    """A layer of a decode step, for compilation: its weights are inputs, so that one engine serves all layers; caches are written in place.
+class LayerOfWeights(nn.Module):
+    """A layer for compilation: its weights are inputs, so that one engine serves all layers.
 
     Args:
         layer: whose parameters' names and order the weights have.
@@ -246,13 +257,45 @@ class DecodeLayer(nn.Module):
         self.names = [name for name, _ in layer.named_parameters()]
         self.layer = [layer]  # not a submodule: its weights are no part of this
 
+    def through(self, weights: Sequence[Tensor], x: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`Layer` with other weights."""
+        result: tuple[Tensor, Tensor, Tensor] = torch.func.functional_call(
+            self.layer[0], dict(zip(self.names, weights, strict=True)), (x, step, caches)
+        )
+        return result
+
+
+class DecodeLayer(LayerOfWeights):
+    """Of a decode step; caches are written in place."""
+
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, visible: Tensor, keys: Tensor, values: Tensor, *weights: Tensor
     ) -> Tensor:
         """[N, 1, C] through the layer; the other arguments as in `Step`, `over_cache` and `Layer`."""
-        step = Step(cos, sin, over_cache(visible, slots, write_))
-        x, _, _ = torch.func.functional_call(self.layer[0], dict(zip(self.names, weights, strict=True)), (x, step, keys, values))
+        x, _, _ = self.through(weights, x, Step(cos, sin, over_cache(visible, slots, write_)), (keys, values))
         return x
+
+
+class PromptLayer(LayerOfWeights):
+    """Of a prompt.
+
+    Args:
+        layer: as of `LayerOfWeights`.
+        window: sliding window, in tokens; None: without.
+    """
+
+    def __init__(self, layer: Layer, window: int | None) -> None:
+        super().__init__(layer)
+        self.window = window
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[1, S, C] through the layer, and its keys and values [1, heads, S, C / heads]; cos and sin as in `Step`."""
+
+        def mask() -> Tensor:
+            age = torch.arange(x.shape[1], device=x.device)[:, None] - torch.arange(x.shape[1], device=x.device)
+            return (age >= 0) & (age <= (x.shape[1] if self.window is None else self.window))
+
+        return self.through(weights, x, Step(cos, sin, over_prompt(self.window, mask)), None)
 
 
 class Attention(nn.Module):
@@ -264,10 +307,10 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, step: Step, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, S, 3, heads, C / heads] -> 3 x [N, heads, S, C / heads]
-        mixed, keys, values = step.attend(rotate(q, step).to(v.dtype), rotate(k, step).to(v.dtype), v, keys, values)
+        mixed, keys, values = step.attend(rotate(q, step).to(v.dtype), rotate(k, step).to(v.dtype), v, caches)
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), keys, values  # [N, heads, S, C / heads] -> [N, S, C]
 
 
