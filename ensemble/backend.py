@@ -118,12 +118,17 @@ class GraphModel(Model):
 
 
 class FunctionModel(Model):
-    """Serves a function of one request."""
+    """Serves a function of one request, which leaves the interpreter to others: requests that wait together run beside each other."""
 
     function: Callable[[Arrays, ModelConfig], Arrays]
 
+    def initialize(self, args: dict[str, str]) -> None:
+        super().initialize(args)
+        self._pool = ThreadPoolExecutor(settings.MAX_FRAME_BATCH, thread_name_prefix=self.name)
+
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [to_response(self._run(strip_batch(read_inputs(request)))) for request in requests]
+        inputs = [strip_batch(read_inputs(request)) for request in requests]
+        return [to_response(result) for result in self._pool.map(self._run, inputs)]
 
     def _run(self, inputs: Arrays) -> Arrays | SparrowError:
         try:

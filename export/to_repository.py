@@ -153,6 +153,7 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
         fields["dynamic_batching"] = {}
     if model.serving == "function":
         fields["max_batch_size"] = settings.MAX_FRAME_BATCH
+        fields["dynamic_batching"] = {}
     if model.serving == "stream":
         fields["model_transaction_policy"] = {"decoupled": True}
     if model.serving == "sequence":

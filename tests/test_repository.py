@@ -62,7 +62,7 @@ def test_scheduling_follows_from_how_the_component_is_served(preset, name):
     contract, config = contracts[name], configs[name]
     assert config.model_transaction_policy.decoupled == (contract.serving == "stream")
     assert config.HasField("sequence_batching") == (contract.serving == "sequence")
-    assert config.HasField("dynamic_batching") == (contract.serving == "batched_graph")
+    assert config.HasField("dynamic_batching") == (contract.serving in ("batched_graph", "function"))
     assert config.HasField("ensemble_scheduling") == (contract.serving == "ensemble")
     assert (config.platform, config.backend) == (("ensemble", "") if contract.serving == "ensemble" else ("", "python"))
     # One process: a session never moves, and its frames cannot overtake each other on the way to it.
