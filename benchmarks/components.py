@@ -52,12 +52,12 @@ PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 def main(repository: Path, only: Sequence[str], compiled: bool, quantization: str) -> None:
     """Measure the graphs of REPOSITORY, as its servers would run them."""
     lines: dict[str, list[dict[str, Any]]] = {"component": [], "gate": [], "llm": []}
-    config = ModelConfig.load(repository / "frame_encoder" / "1" / "config.json")
-    manifests = {path.stem: path.parent for path in sorted(repository.glob("*/1/*.json")) if path.stem in (only or components(config))}
-    for component, folder in tqdm(manifests.items(), unit="graph"):
-        made = read(folder, component)
+    config = repository_config(repository)
+    folders = engine_folders(repository, config)
+    for component in tqdm(only or folders, unit="graph"):
+        made = read(folders[component], component)
         env = {**machine(), "engine_kinds": {component: made.engine_kind}, "preset": config.preset, "precision": made.precision}
-        name = f"{config.preset}_{made.engine_kind}_{made.precision}"
+        name, folder = engine_name(made, config), folders[component]
         if compiled:
             lines["component"] += compiled_lines(folder, made, config, name, env)
             continue
@@ -69,6 +69,25 @@ def main(repository: Path, only: Sequence[str], compiled: bool, quantization: st
             lines["component"] += latency_lines(folder, made, config, name, env)
     for own in filter(None, lines.values()):
         append(own)
+
+
+def repository_config(repository: Path) -> ModelConfig:
+    return ModelConfig.load(repository / "frame_encoder" / "1" / "config.json")
+
+
+def engine_folders(repository: Path, config: ModelConfig) -> dict[str, Path]:
+    """Component to the folder that holds its engine."""
+    return {path.stem: path.parent for path in sorted(repository.glob("*/1/*.json")) if path.stem in components(config)}
+
+
+def engine_name(made: Manifest, config: ModelConfig) -> str:
+    """What the workloads of an engine start with."""
+    return f"{config.preset}_{made.engine_kind}_{made.precision}"
+
+
+def prompt_length(config: ModelConfig) -> int:
+    """Tokens of the prompt that the language model is measured with."""
+    return min(PROMPT_TOKENS, config.max_sequence - NEW_TOKENS - WARM_UP)
 
 
 def engine(made: Manifest) -> dict[str, str]:
@@ -174,7 +193,7 @@ def floor_ms(contract: Component, config: ModelConfig, inputs: Arrays, gpu: str 
 
 def decode_lines(decoder: Decoder, config: ModelConfig, name: str, env: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Prefill of a long prompt, and tokens per second of answers that go on together; by this process's clock, results on the host."""
-    length = min(PROMPT_TOKENS, config.max_sequence - NEW_TOKENS - WARM_UP)
+    length = prompt_length(config)
     drawn = np.random.default_rng(0).standard_normal((length, config.language.width)).astype(np.float32)
     prompt = TorchDevice().put(drawn) if isinstance(decoder, TorchDecoder) else drawn  # where the towers leave it
     for answers in ANSWERS:

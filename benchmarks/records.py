@@ -49,12 +49,16 @@ def gate_records(figures: Mapping[str, Mapping[str, float]], workload: str, env:
 
 def append(records: Sequence[dict[str, Any]]) -> Path:
     """Adds figures of one suite and machine to their file and returns it."""
-    folder = RESULTS / (records[0]["env"]["gpu"] or "cpu").lower().replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{records[0]['suite']}.jsonl"
+    path = suite_path(records[0]["suite"], records[0]["env"]["gpu"])
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in records)
     return path
+
+
+def suite_path(suite: str, gpu: str | None) -> Path:
+    """The file of a suite's figures on a GPU, or the CPU."""
+    return RESULTS / (gpu or "cpu").lower().replace(" ", "-") / f"{suite}.jsonl"
 
 
 def latest(path: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import click
 import numpy as np
@@ -44,18 +46,20 @@ def bench(server: str, repeats: int) -> None:
     if memory.samples:
         lines.append(record("serving", preset, "gpu_memory_gb", max(memory.samples), "GB", memory.samples, env))
     for count, samples in tracked.items():
-        workload = f"track_{count}obj_{size}"
-        for metric, percentile in (("track_frame_ms_p50", 50), ("track_frame_ms_p99", 99)):
-            lines.append(record("serving", workload, metric, np.percentile(samples, percentile), "ms", samples, env))
-        lines.append(
-            record("serving", workload, "frames_per_s", 1000 / np.mean(samples), "1/s", [1000 / sample for sample in samples], env)
-        )
+        lines += track_lines("serving", f"track_{count}obj_{size}", samples, env)
     workload = f"clips_{EVALUATED_FRAMES}f_{EVALUATED_HEIGHT}x{EVALUATED_WIDTH}_{IN_FLIGHT}_in_flight"
     lines.append(record("serving", workload, "frames_per_s", np.median(rates), "1/s", rates, env))
     path = append(lines)
     for line in lines:
         click.echo(f"{line['workload']:<24} {line['metric']:<20} {line['value']:>9.1f} {line['unit']}")
     click.echo(f"Added to {path}")
+
+
+def track_lines(suite: str, workload: str, samples: Sequence[float], env: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The figures of tracked frames that took so many milliseconds each."""
+    for metric, percentile in (("track_frame_ms_p50", 50), ("track_frame_ms_p99", 99)):
+        yield record(suite, workload, metric, np.percentile(samples, percentile), "ms", samples, env)
+    yield record(suite, workload, "frames_per_s", 1000 / np.mean(samples), "1/s", [1000 / sample for sample in samples], env)
 
 
 def moving_square(num_frames: int, height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
@@ -93,10 +97,15 @@ def ask_together(client: SparrowClient, repeats: int) -> list[float]:
     return rates
 
 
+def first_box(index: int) -> list[float]:
+    """x1, y1, x2, y2 in 0..1 that start an object."""
+    return [0.1 + 0.1 * index, 0.3, 0.3 + 0.1 * index, 0.6]
+
+
 def track(client: SparrowClient, num_objects: int) -> list[float]:
     """Milliseconds of each frame of a session with so many objects, behind the warm-up."""
     frames = moving_square(CLIP_FRAMES)
-    prompts = [Prompt(index, boxes=[0.1 + 0.1 * index, 0.3, 0.3 + 0.1 * index, 0.6]) for index in range(num_objects)]
+    prompts = [Prompt(index, boxes=first_box(index)) for index in range(num_objects)]
     elapsed = []
     with client.track(prompts, in_flight=0) as session:
         for index in tqdm(range(WARM_UP + TRACK_FRAMES), desc=f"{num_objects} objects"):
