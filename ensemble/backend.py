@@ -95,9 +95,9 @@ class GraphModel(Model):
         self.graph = self.open_graphs(self.settings, self.folder, [self.name], self.config)[self.name]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        inputs = [read_inputs(request) for request in requests]
+        inputs = [read_inputs(request, self.device) for request in requests]
         sizes = [len(next(iter(arrays.values()))) for arrays in inputs]
-        outputs = self._run({name: np.concatenate([arrays[name] for arrays in inputs]) for name in inputs[0]})
+        outputs = self._run({name: self.device.join([arrays[name] for arrays in inputs]) for name in inputs[0]})
         if isinstance(outputs, SparrowError):
             return [to_response(outputs) for _ in requests]
         stops = np.cumsum(sizes).tolist()
@@ -106,10 +106,8 @@ class GraphModel(Model):
             for size, stop in zip(sizes, stops, strict=True)
         ]
 
-    def _run(self, inputs: Arrays) -> Mapping[str, DeviceArray] | SparrowError:
+    def _run(self, inputs: Mapping[str, DeviceArray]) -> Mapping[str, DeviceArray] | SparrowError:
         try:
-            if not self.device.on_gpu:
-                return self.graph.run(inputs)
             outputs = self.device.run(self.graph, inputs)
             self.device.wait()
             return outputs
@@ -120,19 +118,21 @@ class GraphModel(Model):
 class FunctionModel(Model):
     """Serves a function of one request, which leaves the interpreter to others: requests that wait together run beside each other."""
 
-    function: Callable[[Arrays, ModelConfig], Arrays]
+    open_function: Callable[[dict[str, str]], Callable[[Arrays, ModelConfig], dict[str, DeviceArray]]]
+    """Settings to the function."""
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
+        self._function = self.open_function(self.settings)
         self._pool = ThreadPoolExecutor(settings.MAX_FRAME_BATCH, thread_name_prefix=self.name)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         inputs = [strip_batch(read_inputs(request)) for request in requests]
         return [to_response(result) for result in self._pool.map(self._run, inputs)]
 
-    def _run(self, inputs: Arrays) -> Arrays | SparrowError:
+    def _run(self, inputs: Arrays) -> dict[str, DeviceArray] | SparrowError:
         try:
-            return add_batch(self.function(inputs, self.config))
+            return add_batch(self._function(inputs, self.config))
         except Exception as error:
             return known(self.name, error)
 

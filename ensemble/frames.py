@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -12,7 +12,10 @@ from PIL import Image, UnidentifiedImageError
 from . import settings
 from .config import ModelConfig
 from .errors import InvalidInput
+from .runner import DeviceArray
 from .tensors import Array, Arrays
+
+EncoderFrame = Callable[[Array, ModelConfig], Mapping[str, DeviceArray]]
 
 
 def encoder_indices(num_frames: int, wanted: int) -> list[int]:
@@ -86,10 +89,16 @@ def video_frame(frame: Array, config: ModelConfig) -> Array:
 
 
 def picture(frame: Array, config: ModelConfig) -> Array:
-    """Antialiased bilinear resize of the long side on uint8: [H, W, 3] -> [h, w, 3], the longer of h and w is config.sam2.image_size."""
+    """Antialiased bilinear resize on uint8: [H, W, 3] -> [h, w, 3], of `picture_size`."""
+    height, width = picture_size(frame, config)
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def picture_size(frame: Array, config: ModelConfig) -> tuple[int, int]:
+    """Height and width of a frame whose longer side is brought to config.sam2.image_size."""
     height, width = frame.shape[:2]
     scale = config.sam2.image_size / max(height, width)
-    return np.asarray(Image.fromarray(frame).resize((int(width * scale + 0.5), int(height * scale + 0.5)), Image.Resampling.BILINEAR))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
 def encoder_frame(frame: Array, config: ModelConfig) -> Arrays:
@@ -121,9 +130,11 @@ def grounding_frame(frame: Array, config: ModelConfig) -> Array:
     return stretch(stretch(normal, 1, size), 2, size)
 
 
-def session_frame(inputs: Arrays, config: ModelConfig) -> Arrays:
+def session_frame(inputs: Arrays, config: ModelConfig, encoder_frame: EncoderFrame = encoder_frame) -> dict[str, DeviceArray]:
     """The component `frame_preprocessor`; an empty frame (the session only closes) becomes a black one of size 0, 0.
 
+    Args:
+        encoder_frame: this module's, or one that does the same on a GPU.
     Raises:
         InvalidInput: the frame is too small or too large.
     """

@@ -127,6 +127,9 @@ class Device(Protocol):
     def stack(self, arrays: Sequence[DeviceArray]) -> DeviceArray:
         """[n, ...] float32 of n arrays, of NumPy's or on the device."""
 
+    def join(self, arrays: Sequence[DeviceArray]) -> DeviceArray:
+        """[n1 + n2 + ..., ...] of arrays [n, ...], of NumPy's or on the device."""
+
     def adopt(self, tensor: Any) -> DeviceArray:
         """A tensor of Triton's, as NumPy has it or copied from GPU to GPU; the copy has been made when this returns."""
 
@@ -160,6 +163,9 @@ class Host:
 
     def stack(self, arrays: Sequence[Array]) -> Array:
         return np.stack(arrays)
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        return np.concatenate(arrays)
 
     def adopt(self, tensor: Any) -> Array:
         array: Array = tensor.as_numpy()

@@ -160,6 +160,11 @@ class TorchDevice:
 
         return torch.stack([self.put(array) for array in arrays]).float()
 
+    def join(self, arrays: Sequence[Array | Tensor]) -> Tensor:
+        import torch
+
+        return torch.cat([self.put(array) for array in arrays])
+
     def adopt(self, tensor: Any) -> Array | Tensor:
         import torch
 

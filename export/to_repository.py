@@ -139,12 +139,15 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
         kind = "KIND_GPU" if native else "KIND_MODEL"  # in Python the graphs find their GPU themselves
     else:
         kind = "KIND_CPU"
+    if model.serving == "function":  # beside the frame encoder, which takes what it leaves on a GPU
+        on_gpu = engine.of("frame_encoder").engine_kind != "onnx"
+        kind, parameters["resize_on"] = ("KIND_MODEL", "gpu") if on_gpu else ("KIND_CPU", "cpu")
     # One process, also where there are several GPUs: state is in it, and frames of a session cannot overtake each other.
     fields["instance_group"] = [{"kind": kind, "count": 1}]
     if model.name == "tracker":
         parameters |= asdict(Limits())
-    if model.serving == "sequence":
-        parameters["FORCE_CPU_ONLY_INPUT_TENSORS"] = "no"  # features stay on the GPU that they were computed on
+    if model.serving in ("sequence", "batched_graph") and not native:
+        parameters["FORCE_CPU_ONLY_INPUT_TENSORS"] = "no"  # what was computed on a GPU stays there
     if parameters:
         fields["parameters"] = {name: {"string_value": str(value)} for name, value in parameters.items()}
     if batched:

@@ -53,8 +53,9 @@ RULES = {
         early={"checkpoints.py": frozenset({"torch", "safetensors"}), "models/*.py": frozenset({"torch"})},
     ),
     "model_repository": Rule(
-        advice="a model.py is an adapter: the algorithm goes to ensemble/, loading of engines to export/runners.py",
-        ours=frozenset({"ensemble", "export.runners"}),
+        advice="a model.py is an adapter: the algorithm goes to ensemble/, loading of engines to export/runners.py, "
+        "what else a GPU does to export/resize.py",
+        ours=frozenset({"ensemble", "export.runners", "export.resize"}),
         third_party=frozenset(),
     ),
     "client": Rule(

@@ -1,6 +1,6 @@
 from ensemble.backend import FunctionModel
-from ensemble.frames import session_frame
+from export.resize import open_session_frame
 
 
 class TritonPythonModel(FunctionModel):
-    function = staticmethod(session_frame)
+    open_function = staticmethod(open_session_frame)
