@@ -23,6 +23,7 @@ from . import settings
 from .components import components
 from .config import ModelConfig
 from .errors import SparrowError, from_wire, known, to_wire
+from .frames import EncoderFrame
 from .graph import parts
 from .metrics import Metric, Metrics
 from .pipeline import Pipeline
@@ -201,13 +202,15 @@ class StreamModel(Model):
 
     open_graphs: OpenGraphs
     open_device: Callable[[dict[str, str]], Device]
+    open_encoder_frame: Callable[[dict[str, str]], EncoderFrame]
+    """Settings to what brings frames to their size."""
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
         names = [part.name for part in parts(components(self.config), self.name)]
         graphs = self.open_graphs(self.settings, self.folder, names, self.config)
         runner = BlsRunner(self.config, graphs, self.open_device(self.settings))
-        self._pipeline = Pipeline(self.config, Tokenizer(self.folder), runner)
+        self._pipeline = Pipeline(self.config, Tokenizer(self.folder), runner, self.open_encoder_frame(self.settings))
         self._pool = ThreadPoolExecutor(settings.MAX_REQUESTS, thread_name_prefix=self.name)
 
     def execute(self, requests: list[Any]) -> None:

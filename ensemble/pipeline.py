@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -127,10 +126,13 @@ class Pipeline:
         config: sizes of the model.
         tokenizer: of the checkpoint.
         runner: reaches every other component.
+        encoder_frame: brings frames to their size: `ensemble.frames.encoder_frame`, or one that does the same on a GPU.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, runner: Runner) -> None:
-        self.config, self.tokenizer, self.runner = config, tokenizer, runner
+    def __init__(
+        self, config: ModelConfig, tokenizer: Tokenizer, runner: Runner, encoder_frame: preprocess.EncoderFrame = preprocess.encoder_frame
+    ) -> None:
+        self.config, self.tokenizer, self.runner, self.encoder_frame = config, tokenizer, runner, encoder_frame
         self._contract = components(config)["sparrow"]
 
     def answer(self, inputs: Arrays, parameters: Parameters) -> Generator[Arrays]:
@@ -211,13 +213,17 @@ class Pipeline:
         context = self._context_frames(list(seen))
         if not is_video:
             return self.runner.run("image_encoder", context, on_device=True)["image_tokens"][0]  # [1, S, H] -> [S, H]
-        video = np.stack([preprocess.video_frame(frame, self.config) for frame in seen])
-        return self.runner.run("vision_encoder", {"video_frames": video, **context}, on_device=True)["visual_tokens"]
+        video = {"video_frames": self._resized(preprocess.video_frame, list(seen))}
+        return self.runner.run("vision_encoder", {**video, **context}, on_device=True)["visual_tokens"]
 
     def _context_frames(self, pictures: Sequence[Array]) -> Arrays:
         """Input of image_encoder."""
-        with ThreadPoolExecutor() as pool:  # resizing leaves the interpreter to others
-            return {"context_frames": np.stack(list(pool.map(partial(preprocess.context_frame, config=self.config), pictures)))}
+        return {"context_frames": self._resized(preprocess.context_frame, pictures)}
+
+    def _resized(self, resize: Callable[[Array, ModelConfig], Array], pictures: Sequence[Array]) -> Array:
+        """A tower's input, all pictures at once: resizing leaves the interpreter to others."""
+        with ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(lambda picture: resize(picture, self.config), pictures)))
 
     def _proposals(self, clip: Clip, options: Options, timings: Timings) -> Arrays:
         """Boxes of frame 0."""
@@ -394,7 +400,7 @@ class FrameFeatures:
 
     def _encode(self, index: int) -> Arrays:
         with self._timings.stage("preprocess"):
-            frame = preprocess.encoder_frame(self._clip.frames[index], self._pipeline.config)
+            frame = self._pipeline.encoder_frame(self._clip.frames[index], self._pipeline.config)
         with self._timings.stage("encode"):
             return self._pipeline.runner.run("frame_encoder", {name: array[None] for name, array in frame.items()}, on_device=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from .models.layers import Call
 
 MAX_SHAPES = 128
 """Graphs that one call keeps, of the shapes that it was last given."""
@@ -41,7 +43,7 @@ class Captured:
     _turn: ClassVar[Lock] = Lock()
     _pool: ClassVar[Any] = None
 
-    def __init__(self, call: Callable[..., Tensor | Sequence[Tensor]]) -> None:
+    def __init__(self, call: Call) -> None:
         self._call = call
         self._known: dict[Shapes, Capture | None] = {}
         """The shape that was called longest ago comes first."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ensemble import frames
 from ensemble.config import ModelConfig
-from ensemble.frames import picture_size, session_frame
+from ensemble.frames import EncoderFrame, picture_size, session_frame
 from ensemble.runner import DeviceArray
 from ensemble.tensors import Array, Arrays
 
@@ -24,9 +25,14 @@ FRACTION_BITS = 22
 
 
 def open_session_frame(settings: Mapping[str, str]) -> Callable[[Arrays, ModelConfig], dict[str, DeviceArray]]:
-    """The component `frame_preprocessor`, as resize_on in its config.pbtxt says: gpu (where there is one), or cpu, by Pillow itself."""
+    """The component `frame_preprocessor`, as its config.pbtxt says."""
+    return partial(session_frame, encoder_frame=open_encoder_frame(settings))
+
+
+def open_encoder_frame(settings: Mapping[str, str]) -> EncoderFrame:
+    """What brings frames to their size, as resize_on in a config.pbtxt says: gpu (where there is one), or cpu, by Pillow itself."""
     on_gpu = settings["resize_on"] == "gpu" and torch_device() == "cuda"
-    return partial(session_frame, encoder_frame=encoder_frame) if on_gpu else session_frame
+    return encoder_frame if on_gpu else frames.encoder_frame
 
 
 def encoder_frame(frame: Array, config: ModelConfig) -> dict[str, DeviceArray]:

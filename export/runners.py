@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from .models.language_model import CompiledLayer, LanguageDecoder
+    from .models.language_model import LanguageDecoder
+    from .models.layers import Call
     from .models.layers import Graph as Module
 
 ENGINE_SUFFIX = {"torch": ".safetensors", "onnx": ".onnx", "aoti": ".pt2", "tensorrt": ".plan"}
@@ -241,7 +242,7 @@ class TensorGraph:
         call: takes the tensors of the contract's inputs in order, and returns those of its outputs.
     """
 
-    def __init__(self, component: str, config: ModelConfig, call: Callable[..., Tensor | Sequence[Tensor]]) -> None:
+    def __init__(self, component: str, config: ModelConfig, call: Call) -> None:
         from .models import graph_class
 
         contract = components(config)[component]
@@ -292,17 +293,32 @@ class AotiGraph(TensorGraph):
     """
 
     def __init__(self, path: Path, component: str, config: ModelConfig) -> None:
-        from .models import roi_align  # noqa: F401 (packages call the operator that it registers)
+        from .models import graph_class, roi_align  # noqa: F401 (packages call the operator that the latter registers)
 
-        super().__init__(component, config, load_package(path))
+        package, size = load_package(path), graph_class(component).alone
+        super().__init__(
+            component, config, choose(component, config, size, load_package(alone_package(path)), package) if size else package
+        )
 
 
-def load_package(path: Path) -> Callable[..., Tensor | Sequence[Tensor]]:
+def choose(component: str, config: ModelConfig, size: str, alone: Call, others: Call) -> Call:
+    """One call of two: for inputs of which a size is 1, and for all others."""
+    axes = components(config)[component].dynamic_axes().values()
+    place, axis = next((place, axis) for place, names in enumerate(axes) for axis, name in names.items() if name == size)
+    return lambda *tensors: (alone if tensors[place].shape[axis] == 1 else others)(*tensors)
+
+
+def alone_package(path: Path) -> Path:
+    """The package for one object, frame or answer, beside that for any number."""
+    return path.with_stem(f"{path.stem}_alone")
+
+
+def load_package(path: Path) -> Call:
     """The function that AOTInductor has compiled."""
     from torch._inductor import aoti_load_package
 
     # What takes locks of its own cannot be captured.
-    package: Callable[..., Tensor | Sequence[Tensor]] = aoti_load_package(str(path), run_single_threaded=torch_device() == "cuda")
+    package: Call = aoti_load_package(str(path), run_single_threaded=torch_device() == "cuda")
     return package
 
 
@@ -314,8 +330,8 @@ class CompiledLayers:
         decode, prompt: `export.models.language_model.DecodeLayer` and `PromptLayer`, compiled.
     """
 
-    decode: CompiledLayer | None = None
-    prompt: CompiledLayer | None = None
+    decode: Call | None = None
+    prompt: Call | None = None
 
 
 def load_compiled(path: Path, config: ModelConfig) -> tuple[Any, CompiledLayers]:

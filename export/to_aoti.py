@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from ensemble import settings
 from ensemble.components import components
 from ensemble.tensors import Component
 
-from .runners import prompt_package
+from .runners import alone_package, prompt_package
 from .to_onnx import export_sizes
 
 if TYPE_CHECKING:
@@ -31,16 +32,17 @@ def aoti_from_torch(module: Graph, component: str, path: Path, precision: str, d
     Args:
         module: in eval mode on the device, with its weights as they shall be kept.
         component: its name.
-        path: .pt2 file to write.
+        path: .pt2 file to write; a second one lies beside it where 1 of a size has an engine of its own (`Graph.alone`).
         precision: of products, as eager torch has it under autocast.
         device: cpu or cuda.
     """
     import torch
 
     contract = components(module.config)[component]
-    sample = contract.sample(seed=0, **export_sizes(contract))
-    inputs = tuple(torch.from_numpy(array).to(device) for array in sample.values())
-    compile_package(module, inputs, dynamic_shapes(contract), path, precision, device)
+    sizes = export_sizes(contract)
+    for package, fixed in ((path, {}), *([(alone_package(path), {module.alone: 1})] if module.alone else [])):
+        inputs = tuple(torch.from_numpy(array).to(device) for array in contract.sample(seed=0, **{**sizes, **fixed}).values())
+        compile_package(module, inputs, dynamic_shapes(contract, fixed), package, precision, device)
 
 
 def aoti_from_decoder(decoder: LanguageDecoder, path: Path, precision: str, device: str) -> None:
@@ -96,9 +98,9 @@ def check_linkage(package: Path) -> None:
         )
 
 
-def dynamic_shapes(contract: Component) -> tuple[dict[int, object], ...]:
-    """Of every input in order, axis to size, as `torch.export` takes them."""
+def dynamic_shapes(contract: Component, fixed: Collection[str] = ()) -> tuple[dict[int, object], ...]:
+    """Of every input in order, axis to size, as `torch.export` takes them; without those that are `fixed`."""
     from torch.export import Dim as Size
 
-    sizes = {name: Size(name, min=size.min, max=size.max) for name, size in contract.dims.items()}
-    return tuple({axis: sizes[name] for axis, name in axes.items()} for axes in contract.dynamic_axes().values())
+    sizes = {name: Size(name, min=size.min, max=size.max) for name, size in contract.dims.items() if name not in fixed}
+    return tuple({axis: sizes[name] for axis, name in axes.items() if name in sizes} for axes in contract.dynamic_axes().values())

@@ -139,9 +139,11 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
         kind = "KIND_GPU" if native else "KIND_MODEL"  # in Python the graphs find their GPU themselves
     else:
         kind = "KIND_CPU"
-    if model.serving == "function":  # beside the frame encoder, which takes what it leaves on a GPU
-        on_gpu = engine.of("frame_encoder").engine_kind != "onnx"
-        kind, parameters["resize_on"] = ("KIND_MODEL", "gpu") if on_gpu else ("KIND_CPU", "cpu")
+    on_gpu = engine.of("frame_encoder").engine_kind != "onnx"
+    if model.serving == "function" and on_gpu:
+        kind = "KIND_MODEL"
+    if model.serving in ("function", "stream"):  # for the frame encoder, which takes what they leave on a GPU
+        parameters["resize_on"] = "gpu" if on_gpu else "cpu"
     # One process, also where there are several GPUs: state is in it, and frames of a session cannot overtake each other.
     fields["instance_group"] = [{"kind": kind, "count": 1}]
     if model.name == "tracker":

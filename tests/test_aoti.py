@@ -17,13 +17,15 @@ from export.runners import (
     CompiledSteps,
     Engine,
     TorchGraph,
+    alone_package,
     as_stored,
     load_compiled,
+    load_package,
     open_graph,
     open_graphs,
     save_module,
 )
-from export.to_aoti import aoti_from_decoder, check_linkage
+from export.to_aoti import aoti_from_decoder, aoti_from_torch, check_linkage
 
 PART = "prompt_projector"
 SETTINGS = {"engine_kind": "aoti", "precision": "bfloat16"}
@@ -65,6 +67,20 @@ def test_package_computes_what_eager_torch_does_in_its_precision(tiny, folder, s
     ulp = 2.0**-8 * np.abs(exact).max()  # fused products are rounded less often than eager ones
     np.testing.assert_allclose(got, eager, atol=4 * ulp)
     assert np.abs(got - exact).max() > 0
+
+
+def test_one_object_and_several_go_through_packages_of_their_own(tiny, tmp_path, monkeypatch):
+    attention, path = tiny.build("memory_attention"), tmp_path / "memory_attention.pt2"
+    aoti_from_torch(attention, "memory_attention", path, "float32", "cpu")
+    loaded = []
+    monkeypatch.setattr(runners, "load_package", lambda path: lambda *tensors: (loaded.append(path), packages[path](*tensors))[1])
+    packages = {own: load_package(own) for own in (path, alone_package(path))}
+    graph = AotiGraph(path, "memory_attention", TINY)
+    for objects in (1, 3):
+        inputs = components(TINY)["memory_attention"].sample(objects, objects=objects)
+        expected = TorchGraph(attention, "memory_attention").run(inputs)["conditioned_embeddings"]
+        np.testing.assert_allclose(graph.run(inputs)["conditioned_embeddings"], expected, atol=1e-4)  # order of sums
+    assert loaded == [alone_package(path), path]
 
 
 def test_package_with_a_cpp_runtime_of_its_own_is_refused_before_it_is_loaded(folder, tmp_path):

@@ -32,7 +32,7 @@ def test_where_pillow_takes_the_columns_first_pictures_differ_by_one_grey_level_
 
 def test_configuration_says_who_resizes(monkeypatch):
     monkeypatch.setattr(resize, "torch_device", lambda: "cuda")
-    assert resize.open_session_frame({"resize_on": "cpu"}) is frames.session_frame
-    assert resize.open_session_frame({"resize_on": "gpu"}).keywords == {"encoder_frame": resize.encoder_frame}
+    assert resize.open_encoder_frame({"resize_on": "cpu"}) is frames.encoder_frame
+    assert resize.open_encoder_frame({"resize_on": "gpu"}) is resize.encoder_frame
     monkeypatch.setattr(resize, "torch_device", lambda: "cpu")
-    assert resize.open_session_frame({"resize_on": "gpu"}) is frames.session_frame
+    assert resize.open_encoder_frame({"resize_on": "gpu"}) is frames.encoder_frame

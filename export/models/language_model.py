@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ensemble.components import SLOTS
 from ensemble.config import LanguageConfig, ModelConfig
 
-from .layers import Graph, several
+from .layers import Call, Graph, on_tensor_cores, several
 
 Write = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(cache of one layer [N, heads, slots, C / heads], slots [N, S], new tokens [N, heads, S, C / heads]) to the cache with the tokens."""
@@ -23,7 +23,6 @@ Caches = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, Caches | None], tuple[Tensor, Tensor, Tensor]]
 """(queries, keys and values [N, heads, S, C / heads] of new tokens, caches) to (mixed values, keys, values): those of the caches with the
 new tokens, or of a prompt, which has no caches before it, those of its tokens."""
-CompiledLayer = Callable[..., Tensor | Sequence[Tensor]]
 
 
 class TokenEmbedder(Graph):
@@ -111,7 +110,7 @@ class LanguageDecoder(Graph):
         positions: Tensor,
         key_cache: Tensor,
         value_cache: Tensor,
-        compiled: CompiledLayer | None = None,
+        compiled: Call | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `forward`, but writes the new tokens into the given caches and returns (logits, final_states) only.
 
@@ -131,7 +130,7 @@ class LanguageDecoder(Graph):
         return self._finish(x)
 
     def prefill_(
-        self, token_embeddings: Tensor, key_cache: Tensor, value_cache: Tensor, compiled: CompiledLayer | None = None
+        self, token_embeddings: Tensor, key_cache: Tensor, value_cache: Tensor, compiled: Call | None = None
     ) -> tuple[Tensor, Tensor]:
         """Reads whole prompts, as `decode_` would at positions 0, 1, ...; of a long one the last tokens stay in the caches.
 
@@ -210,7 +209,7 @@ def over_prompt(window: int | None, mask: Callable[[], Tensor]) -> Attend:
     """Attention of a prompt's tokens over each other and, where they have one, within a window; a GPU in half precision needs no mask."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
-        if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        if not on_tensor_cores(q):
             return F.scaled_dot_product_attention(q, k, v, mask()), k, v
         # Flash attention reads no keys beyond the window, where a mask would be read for every pair of tokens.
         length, by_token = q.shape[2], [x.transpose(1, 2) for x in (q, k, v)]  # [N, heads, S, C / heads] -> [N, S, heads, C / heads]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import ClassVar
 
@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ensemble.config import ModelConfig
+
+Call = Callable[..., Tensor | Sequence[Tensor]]
+"""A graph, or a layer of one, as it is called: eager or compiled."""
 
 TEMPERATURE = 10000.0
 """Longest period of SAM2's sine and rotary positions, in units of the shortest (sam2_hiera_l.yaml)."""
@@ -26,6 +29,9 @@ class Graph(nn.Module):
 
     unused: ClassVar[tuple[str, ...]] = ()
     """Patterns of original keys under those prefixes that inference never reads."""
+
+    alone: ClassVar[str | None] = None
+    """The size of which 1 gets a compiled engine of its own: with it known, other kernels are taken."""
 
     capturable: ClassVar[bool] = True
     """Whether it asks the device for nothing while it runs, as a CUDA graph demands."""
@@ -109,12 +115,22 @@ class Attention(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """[N, heads, S, C] queries over [N, heads, K, C] keys and values.
 
-    For heads of 256 channels torch takes cuDNN's kernel, with 1.7 times the time of flash attention (docs/performance.md).
+    One wide head of one or two objects has fewer tiles of queries than a GPU has processors. There, keys go to several heads (K is a
+    multiple of 4), and what those mix is put together by the weight that each has in the whole softmax (docs/performance.md).
     """
-    if mask is None and q.shape[-1] > 128 and v.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
-        mixed, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return mixed  # type: ignore[no-any-return]
-    return F.scaled_dot_product_attention(q, k, v, mask)
+    few = {1: 4, 2: 2}.get(q.shape[0]) if isinstance(q.shape[0], int) else None  # a size that varies, in a traced graph, is not known
+    if few is None or mask is not None or q.shape[1] > 1 or q.shape[3] <= 128 or not on_tensor_cores(v):
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    q, k, v = q.expand(-1, few, -1, -1), k.reshape(k.shape[0], few, -1, k.shape[3]), v.reshape(v.shape[0], few, -1, v.shape[3])
+    mixed, log_sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q.to(v.dtype), k.to(v.dtype), v, None, True)
+    weights = log_sums.reshape(*mixed.shape[:3], 1).softmax(1)  # [N, heads, S, 1]
+    together: Tensor = (mixed * weights).sum(1, keepdim=True).to(v.dtype)
+    return together
+
+
+def on_tensor_cores(x: Tensor) -> bool:
+    """Whether a GPU's kernels for half precision take it."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

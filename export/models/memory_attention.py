@@ -26,6 +26,8 @@ class MemoryAttention(Graph):
         "maskmem_tpos_enc": "sparrow:model.visual_model.maskmem_tpos_enc",
         "obj_ptr_tpos_proj.": "sparrow:model.visual_model.obj_ptr_tpos_proj.",
     }
+    alone = "objects"
+
     frame_positions: Tensor
     map_positions: Tensor
     rope_cos: Tensor
