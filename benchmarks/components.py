@@ -1,4 +1,4 @@
-"""Every graph of a repository on its own, in this process: `python -m benchmarks.components REPOSITORY`.
+"""Every graph of a repository on its own, in this process: `sparrow bench REPOSITORY`, or `python -m benchmarks.components` for some of them.
 
 Figures go to the suites `component` (latency, and the share of it that the GPU's vendor's figures make unavoidable), `llm` (the decode
 loop) and `gate` (what the export has measured against torch in float32).
@@ -50,7 +50,12 @@ PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 @click.option("--compiled", is_flag=True, help="Graphs in torch at their least size, as torch.compile has them (reduce-overhead).")
 @click.option("--quantization", type=click.Choice(list(QUANTIZATION_BITS)), default="none", help="Of the language model's layers.")
 def main(repository: Path, only: Sequence[str], compiled: bool, quantization: str) -> None:
-    """Measure the graphs of REPOSITORY, as its servers would run them."""
+    """Measure the graphs of REPOSITORY in this process."""
+    measure(repository, only, compiled, quantization)
+
+
+def measure(repository: Path, only: Sequence[str] = (), compiled: bool = False, quantization: str = "none") -> None:
+    """Adds the figures of a repository's graphs, as its servers would run them; arguments as of the command line."""
     lines: dict[str, list[dict[str, Any]]] = {"component": [], "gate": [], "llm": []}
     config = repository_config(repository)
     folders = engine_folders(repository, config)

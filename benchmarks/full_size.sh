@@ -8,6 +8,6 @@ engine=${2:-aoti}
 cd "$(dirname "$0")/.."
 [ -e "$work/checkpoint" ] || time python3 -m export.seeded "$work" full
 time sparrow export "$work/checkpoint" -o "$work/$engine" --engine "$engine" --precision bfloat16
-time python3 -m benchmarks.components "$work/$engine"
+time sparrow bench "$work/$engine"
 time sparrow serve --log "$work/server.log" "$work/$engine" -- sparrow bench
 time python3 -m benchmarks.peers "$work/$engine"

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from sparrow_client import Prompt, SparrowClient, SparrowClientError
 from tqdm import tqdm
 
+from . import components
 from .records import GpuMemory, append, environment, record
 
 HEIGHT, WIDTH = 480, 854
@@ -25,10 +27,14 @@ EVALUATED_FRAMES, EVALUATED_HEIGHT, EVALUATED_WIDTH, IN_FLIGHT = 24, 240, 320, 4
 
 
 @click.command()
+@click.argument("repository", type=click.Path(path_type=Path, exists=True), required=False)
 @click.option("--server", default="localhost:8001", envvar="SPARROW_SERVER", show_default=True, show_envvar=True, help="host:port.")
 @click.option("--repeats", default=5, show_default=True, help="Clips to ask about.")
-def bench(server: str, repeats: int) -> None:
-    """Measure a running server and append the figures to benchmarks/results/."""
+def bench(repository: Path | None, server: str, repeats: int) -> None:
+    """Measure a running server, or without one every graph of REPOSITORY, and append the figures to benchmarks/results/."""
+    if repository:
+        components.measure(repository)
+        return
     clip = moving_square(CLIP_FRAMES)
     try:
         with SparrowClient(server) as client, GpuMemory() as memory:

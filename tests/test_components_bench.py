@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import components as bench
-from benchmarks import records
+from benchmarks import records, serving
 from ensemble.components import components
 from ensemble.config import TINY
 from export.runners import Engine
@@ -53,6 +53,13 @@ def test_every_graph_has_a_latency_and_the_language_model_its_rates(repository, 
         }
     gated = {workload.split("float32_")[1] for suite, workload, _ in lines if suite == "gate"}
     assert gated == {*GRAPHS, "language_decoder"}
+
+
+def test_sparrow_bench_takes_a_repository_instead_of_a_server(repository, monkeypatch):
+    measured = []
+    monkeypatch.setattr(bench, "measure", measured.append)
+    done = CliRunner().invoke(serving.bench, [str(repository)], catch_exceptions=False)
+    assert (done.exit_code, measured) == (0, [repository])
 
 
 def test_graphs_in_torch_can_be_compared_with_what_torch_compile_makes_of_them(in_torch, measure):
