@@ -1,4 +1,4 @@
-"""Every graph of a repository on its own, in this process: `sparrow bench REPOSITORY`, or `python -m benchmarks.components` for some of them.
+"""Every graph of a repository on its own, in this process: `sparrow bench REPOSITORY`; of some, `python -m benchmarks.components`.
 
 Figures go to the suites `component` (latency, and the share of it that the GPU's vendor's figures make unavoidable), `llm` (the decode
 loop) and `gate` (what the export has measured against torch in float32).

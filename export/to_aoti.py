@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-import zipfile
+import subprocess
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ensemble import settings
@@ -78,24 +81,34 @@ def compile_package(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_shape
     import torch
     from torch._inductor import aoti_compile_and_package
 
+    check_compiler()
     dtype = getattr(torch, precision)
     # The analysis of memory accesses fails on the strided cells of the CLIP grid (torch 2.11, tiling_utils.py).
     options = {"triton.coalesce_tiling_analysis": False} if device == "cuda" else {}
     with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
         program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes)
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-    check_linkage(path)
 
 
-def check_linkage(package: Path) -> None:
-    """Raises ValueError for a library with a C++ runtime of its own: beside torch's, loading it ends the process."""
-    with zipfile.ZipFile(package) as archive:
-        libraries = [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
-    if not all(b"libstdc++.so" in library for library in libraries):
-        raise ValueError(
-            f"{package.name}: the C++ compiler has linked libstdc++ into it (found at {shutil.which(os.environ.get('CXX', 'g++'))}), "
-            "expected it to be shared with torch. Name another compiler: CXX=/usr/bin/g++"
-        )
+@cache
+def check_compiler() -> None:
+    """Raises ValueError where there is no C++ compiler, or one that links a C++ runtime of its own into what it makes: loading such a package,
+    beside torch's runtime, ends the process.
+    """
+    words = shlex.split(os.environ.get("CXX", "g++"))
+    advice = "Name another compiler: CXX=/usr/bin/g++"
+    if not shutil.which(words[0]):
+        raise ValueError(f"aoti: got no C++ compiler {words[0]}, expected one. Install it. {advice}")
+    with TemporaryDirectory() as folder:
+        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source.write_text("#include <string>\nstd::string probe(int x) { return std::to_string(x); }\n")
+        made = subprocess.run([*words, "-shared", "-fPIC", source, "-o", library], capture_output=True, text=True, check=False)
+        if made.returncode:
+            raise ValueError(f"aoti: {words[0]} makes no shared library. {advice}\n{made.stderr[-500:]}")
+        if b"libstdc++.so" not in library.read_bytes():
+            raise ValueError(
+                f"aoti: {shutil.which(words[0])} has linked libstdc++ into a library, expected it to be shared with torch. {advice}"
+            )
 
 
 def dynamic_shapes(contract: Component, fixed: Collection[str] = ()) -> tuple[dict[int, object], ...]:

@@ -1,6 +1,5 @@
 """A compiled package computes what torch does at every size, and runs only on the machine that it was compiled for."""
 
-import zipfile
 from collections import Counter
 
 import numpy as np
@@ -25,7 +24,7 @@ from export.runners import (
     open_graphs,
     save_module,
 )
-from export.to_aoti import aoti_from_decoder, aoti_from_torch, check_linkage
+from export.to_aoti import aoti_from_decoder, aoti_from_torch, check_compiler
 
 PART = "prompt_projector"
 SETTINGS = {"engine_kind": "aoti", "precision": "bfloat16"}
@@ -83,12 +82,21 @@ def test_one_object_and_several_go_through_packages_of_their_own(tiny, tmp_path,
     assert loaded == [alone_package(path), path]
 
 
-def test_package_with_a_cpp_runtime_of_its_own_is_refused_before_it_is_loaded(folder, tmp_path):
-    check_linkage(folder / f"{PART}.pt2")
-    with zipfile.ZipFile(tmp_path / "own.pt2", "w") as archive:
-        archive.writestr("model.wrapper.so", b"\x7fELF libgcc_s.so.1")
-    with pytest.raises(ValueError, match=r"own\.pt2: the C\+\+ compiler has linked libstdc\+\+ into it .* CXX=/usr/bin/g\+\+"):
-        check_linkage(tmp_path / "own.pt2")
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [
+        (
+            "g++ -static-libstdc++",
+            r"aoti: .*g\+\+ has linked libstdc\+\+ into a library, expected it to be shared with torch\. .*CXX=/usr/bin/g\+\+",
+        ),
+        ("false", r"aoti: false makes no shared library\."),
+        ("no-such-compiler", r"aoti: got no C\+\+ compiler no-such-compiler, expected one\. Install it\."),
+    ],
+)
+def test_compiler_whose_packages_would_end_the_process_is_refused_at_once(monkeypatch, compiler, says):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(ValueError, match=says):
+        check_compiler.__wrapped__()
 
 
 def test_package_of_another_machine_is_not_run(folder, monkeypatch):
