@@ -131,6 +131,9 @@ class FunctionModel(Model):
         inputs = [strip_batch(read_inputs(request)) for request in requests]
         return [to_response(result) for result in self._pool.map(self._run, inputs)]
 
+    def finalize(self) -> None:
+        self._pool.shutdown()
+
     def _run(self, inputs: Arrays) -> dict[str, DeviceArray] | SparrowError:
         try:
             return add_batch(self._function(inputs, self.config))

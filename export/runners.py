@@ -695,6 +695,7 @@ def stored(module: Module, precision: str) -> dict[str, Tensor]:
     dtype, weights = getattr(torch, precision), module.state_dict()
 
     def is_product(name: str) -> bool:
-        return weights[name].ndim > 1 or (name.endswith(".bias") and weights[f"{name.removesuffix('bias')}weight"].ndim > 1)
+        matrix = f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name
+        return matrix in weights and weights[matrix].ndim > 1
 
     return {name: (tensor.to(dtype) if is_product(name) else tensor).contiguous() for name, tensor in weights.items()}

@@ -92,8 +92,9 @@ def compile_package(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_shape
 
 @cache
 def check_compiler() -> None:
-    """Raises ValueError where there is no C++ compiler, or one that links a C++ runtime of its own into what it makes: loading such a package,
-    beside torch's runtime, ends the process.
+    """Raises ValueError where there is no C++ compiler, or one that links a C++ runtime of its own into what it makes.
+
+    Beside torch's runtime, loading such a package ends the process.
     """
     words = shlex.split(os.environ.get("CXX", "g++"))
     advice = "Name another compiler: CXX=/usr/bin/g++"

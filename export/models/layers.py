@@ -115,17 +115,22 @@ class Attention(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """[N, heads, S, C] queries over [N, heads, K, C] keys and values.
 
-    One wide head of one or two objects has fewer tiles of queries than a GPU has processors. There, keys go to several heads (K is a
+    One wide head of one or two objects has fewer tiles of queries than an H100 has processors. There, keys go to several heads (K is a
     multiple of 4), and what those mix is put together by the weight that each has in the whole softmax (docs/performance.md).
     """
     few = {1: 4, 2: 2}.get(q.shape[0]) if isinstance(q.shape[0], int) else None  # a size that varies, in a traced graph, is not known
-    if few is None or mask is not None or q.shape[1] > 1 or q.shape[3] <= 128 or not on_tensor_cores(v):
+    if few is None or mask is not None or q.shape[1] > 1 or q.shape[3] <= 128 or not on_hopper(v):
         return F.scaled_dot_product_attention(q, k, v, mask)
     q, k, v = q.expand(-1, few, -1, -1), k.reshape(k.shape[0], few, -1, k.shape[3]), v.reshape(v.shape[0], few, -1, v.shape[3])
     mixed, log_sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q.to(v.dtype), k.to(v.dtype), v, None, True)
     weights = log_sums.reshape(*mixed.shape[:3], 1).softmax(1)  # [N, heads, S, 1]
     together: Tensor = (mixed * weights).sum(1, keepdim=True).to(v.dtype)
     return together
+
+
+def on_hopper(x: Tensor) -> bool:
+    """Whether cuDNN has a kernel for half precision and heads of 256: it needs an H100 or H200."""
+    return on_tensor_cores(x) and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
 def on_tensor_cores(x: Tensor) -> bool:
