@@ -72,7 +72,7 @@ def test_file_of_ones_own_is_a_target(tmp_path):
 def test_target_may_give_graphs_kinds_of_their_own(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text((targets.FOLDER / "h100.toml").read_text() + '[components]\nframe_encoder = "tensorrt"\n')
-    assert find_target(str(path)).engine == Engine("torch", "bfloat16", components={"frame_encoder": "tensorrt"})
+    assert find_target(str(path)).engine == Engine("aoti", "bfloat16", components={"frame_encoder": "tensorrt"})
     path.write_text((targets.FOLDER / "h100.toml").read_text() + '[components]\nframe_decoder = "tensorrt"\n')
     with pytest.raises(TargetError, match=r"mine\.toml: got engine: got component 'frame_decoder', expected one of vision_encoder, "):
         find_target(str(path))
