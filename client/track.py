@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from threading import Event
 
 import click
 import numpy as np
@@ -109,7 +106,7 @@ def plain_prompts(boxes: Sequence[NDArray[np.float32]], points: Sequence[NDArray
 def follow(source: FrameSource, first: list[NDArray[np.uint8]], session: TrackSession, files: TrackFiles) -> None:
     """Tracks every frame until the source ends or Ctrl-C is pressed."""
     under_way = deque(first)
-    with ctrl_c() as pressed, tqdm(total=source.total, unit="frame", desc="tracking", leave=False) as bar:
+    with tqdm(total=source.total, unit="frame", desc="tracking", leave=False) as bar:
 
         def write(results: list[FrameMasks]) -> None:
             for result in results:
@@ -121,27 +118,9 @@ def follow(source: FrameSource, first: list[NDArray[np.uint8]], session: TrackSe
             for frame in source.frames:
                 under_way.append(frame)
                 write(session.push(frame))
-                if pressed.is_set():
-                    raise KeyboardInterrupt
             write(session.finish())
         except KeyboardInterrupt:
             session.cancel()
-
-
-@contextmanager
-def ctrl_c() -> Iterator[Event]:
-    """Is set by Ctrl-C, which raises KeyboardInterrupt as ever; but that is lost where it meets code that cannot raise, as a destructor."""
-    pressed = Event()
-
-    def press(*_: object) -> None:
-        pressed.set()
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def report(out: Path, session: TrackSession, files: TrackFiles) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import http.server
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 
 import av
 import numpy as np
@@ -20,9 +18,8 @@ from click.testing import CliRunner
 from PIL import Image
 from pycocotools import mask as coco
 from sparrow_client import Prompt, SparrowClient
-from sparrow_client._media import FrameSource
 from sparrow_client._overlay import blend, write_video
-from sparrow_client.track import follow, track
+from sparrow_client.track import track
 
 from export.seeded import ANSWER, draw_frame
 
@@ -186,24 +183,6 @@ def test_ctrl_c_ends_an_endless_input_with_what_there_is(server, folder, tmp_pat
     assert f"({num_frames} frames)" in output or f"({num_frames - 1} frames)" in output
     assert 3 < num_frames < 5000
     assert num_frames - len(read_video(out / "overlay.mp4")) in (0, 1)  # the signal may come between the two
-
-
-def test_ctrl_c_that_a_destructor_swallows_ends_the_input_all_the_same(tmp_path):
-    pushed, cancelled = [], []
-
-    class Session:
-        def push(self, frame):
-            pushed.append(frame)
-            with suppress(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-            return []
-
-        def cancel(self):
-            cancelled.append(True)
-
-    follow(FrameSource(iter(FRAMES), len(FRAMES), FPS), [], Session(), None)
-    assert (len(pushed), cancelled) == (1, [True])
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_to_track_has_to_be_said_once(folder, tmp_path):
