@@ -168,7 +168,8 @@ def test_ctrl_c_ends_an_endless_input_with_what_there_is(server, folder, tmp_pat
     for index in range(NUM_FRAMES, 5000):
         (folder / f"{index:05d}.png").hardlink_to(folder / f"{index % NUM_FRAMES:05d}.png")
     out = tmp_path / "out"
-    code = "from sparrow_client.cli import main; main()"
+    # Tests that run in the background inherit that Ctrl-C is ignored, and would hand it on.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from sparrow_client.cli import main; main()"
     command = [sys.executable, "-c", code, "track", folder, "--box", BOX, "-o", out, "--server", server.url]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
