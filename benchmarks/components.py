@@ -7,7 +7,7 @@ loop) and `gate` (what the export has measured against torch in float32).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ensemble.generation import Decoder
 from ensemble.tensors import Arrays, Component
 from export.manifest import Manifest, read
 from export.runners import (
+    INDUCTOR,
     QUANTIZATION_BITS,
     Engine,
     TensorGraph,
@@ -104,10 +105,9 @@ def latency_lines(folder: Path, made: Manifest, config: ModelConfig, name: str, 
     graph, contract = open_graph(engine(made), folder, made.component, config), components(config)[made.component]
     for sizes in batches(contract):
         inputs = contract.sample(0, **sizes)
-        label = "".join(f"_{count}_{size}" for size, count in sizes.items())
         for way, call in ways(graph, inputs):
             samples = measured(call)
-            workload = f"{name}{way}{label}"
+            workload = f"{name}{way}{label(sizes)}"
             median = float(np.median(samples))
             yield record("component", workload, f"{made.component}.latency_ms", median, "ms", samples, env)
             if floor := floor_ms(contract, config, inputs, env["gpu"]):
@@ -119,7 +119,6 @@ def compiled_lines(folder: Path, made: Manifest, config: ModelConfig, name: str,
     import torch
     from torch._inductor import config as inductor
 
-    inductor.triton.coalesce_tiling_analysis = False  # as in export.to_aoti
     contract, device, dtype = components(config)[made.component], torch_device(), getattr(torch, made.precision)
     sizes = batches(contract)[0]
     module = load_module(folder / engine_file(Engine(made.engine_kind, made.precision), made.component), made.component, config).to(device)
@@ -130,9 +129,9 @@ def compiled_lines(folder: Path, made: Manifest, config: ModelConfig, name: str,
         with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
             run(*tensors)
 
-    samples = measured(call)
-    label = "".join(f"_{count}_{size}" for size, count in sizes.items())
-    yield record("component", f"{name}_compiled{label}", f"{made.component}.latency_ms", np.median(samples), "ms", samples, env)
+    with inductor.patch(INDUCTOR):
+        samples = measured(call)
+    yield record("component", f"{name}_compiled{label(sizes)}", f"{made.component}.latency_ms", np.median(samples), "ms", samples, env)
 
 
 def batches(contract: Component) -> list[dict[str, int]]:
@@ -141,6 +140,11 @@ def batches(contract: Component) -> list[dict[str, int]]:
     if "objects" in contract.dims:  # of one frame
         varying = [(size, count) for size, count in varying if size == "objects"]
     return [{size: count} for size, count in varying] or [{}]
+
+
+def label(sizes: Mapping[str, int]) -> str:
+    """What the sizes add to the name of a workload."""
+    return "".join(f"_{count}_{size}" for size, count in sizes.items())
 
 
 def ways(graph: Any, inputs: Arrays) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -32,7 +32,7 @@ from PIL import Image
 from ensemble.components import components
 from ensemble.config import ModelConfig, Sam2Config
 from export.manifest import Manifest, read
-from export.runners import open_decoder, open_device, open_graph, torch_device
+from export.runners import INDUCTOR, open_decoder, open_device, open_graph, torch_device
 
 from .components import NEW_TOKENS, engine, engine_folders, engine_name, prompt_length, repository_config
 from .records import append, figure, installed, latest, machine, record, suite_path
@@ -159,7 +159,7 @@ def tracked(ours: Ours, objects: int, compiled: bool = False) -> Iterator[Line]:
         tempfile.TemporaryDirectory() as folder,
         torch.inference_mode(),
         torch.autocast(device, dtype, enabled=dtype != torch.float32),
-        inductor.patch({"triton.coalesce_tiling_analysis": False}),  # as in our own compiled graphs (docs/performance.md)
+        inductor.patch(INDUCTOR),
     ):
         for index, frame in enumerate(moving_square(WARM_UP + TRACK_FRAMES)):
             Image.fromarray(frame).save(Path(folder) / f"{index}.jpg")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,7 +63,7 @@ def resized(x: Tensor, axis: int, size: int) -> Tensor:
     return (total >> FRACTION_BITS).clamp(0, 255).byte()
 
 
-@cache
+@lru_cache(64)  # of both axes of frames of 32 sizes: callers may send any number of sizes
 def taps(size: int, new_size: int, device: str) -> tuple[Tensor, Tensor]:
     """What each new pixel is the sum of (Resample.c precompute_coeffs, normalize_coeffs_8bpc).
 

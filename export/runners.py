@@ -47,6 +47,8 @@ CAPTURED_BATCHES = (4, 2, 1)
 """Frames or objects of the calls that are captured at the start; others are when they come."""
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+INDUCTOR = {"triton.coalesce_tiling_analysis": False}
+"""Options of torch's compiler: on a GPU the analysis of memory accesses fails on the strided cells of the CLIP grid (torch 2.11)."""
 QUANTIZATION_BITS = {"none": None, "8bit": 8, "4bit": 4}
 
 
@@ -295,10 +297,10 @@ class AotiGraph(TensorGraph):
     def __init__(self, path: Path, component: str, config: ModelConfig) -> None:
         from .models import graph_class, roi_align  # noqa: F401 (packages call the operator that the latter registers)
 
-        package, size = load_package(path), graph_class(component).alone
-        super().__init__(
-            component, config, choose(component, config, size, load_package(alone_package(path)), package) if size else package
-        )
+        call = load_package(path)
+        if size := graph_class(component).alone:
+            call = choose(component, config, size, load_package(alone_package(path)), call)
+        super().__init__(component, config, call)
 
 
 def choose(component: str, config: ModelConfig, size: str, alone: Call, others: Call) -> Call:

@@ -16,7 +16,7 @@ from ensemble import settings
 from ensemble.components import components
 from ensemble.tensors import Component
 
-from .runners import alone_package, prompt_package
+from .runners import INDUCTOR, alone_package, prompt_package
 from .to_onnx import export_sizes
 
 if TYPE_CHECKING:
@@ -42,9 +42,12 @@ def aoti_from_torch(module: Graph, component: str, path: Path, precision: str, d
     import torch
 
     contract = components(module.config)[component]
-    sizes = export_sizes(contract)
-    for package, fixed in ((path, {}), *([(alone_package(path), {module.alone: 1})] if module.alone else [])):
-        inputs = tuple(torch.from_numpy(array).to(device) for array in contract.sample(seed=0, **{**sizes, **fixed}).values())
+    fixed_sizes: dict[Path, dict[str, int]] = {path: {}}
+    if module.alone:
+        fixed_sizes[alone_package(path)] = {module.alone: 1}
+    for package, fixed in fixed_sizes.items():
+        sample = contract.sample(seed=0, **{**export_sizes(contract), **fixed})
+        inputs = tuple(torch.from_numpy(array).to(device) for array in sample.values())
         compile_package(module, inputs, dynamic_shapes(contract, fixed), package, precision, device)
 
 
@@ -83,11 +86,9 @@ def compile_package(module: nn.Module, inputs: tuple[Tensor, ...], dynamic_shape
 
     check_compiler()
     dtype = getattr(torch, precision)
-    # The analysis of memory accesses fails on the strided cells of the CLIP grid (torch 2.11, tiling_utils.py).
-    options = {"triton.coalesce_tiling_analysis": False} if device == "cuda" else {}
     with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
         program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes)
-        aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs=INDUCTOR)
 
 
 @cache

@@ -129,6 +129,7 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
         return {**fields, "max_batch_size": settings.MAX_FRAME_BATCH, "platform": "ensemble", "ensemble_scheduling": {"step": steps}}
 
     parameters: dict[str, str | int] = {}
+    on_gpu = engine.of("frame_encoder").engine_kind != "onnx"
     native = is_native(model, engine)
     if native:
         fields |= {"platform": "tensorrt_plan", "default_model_filename": engine_file(engine.of(model.name), model.name)}
@@ -138,10 +139,7 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
         parameters |= engine_of(model, engine).parameters()
         kind = "KIND_GPU" if native else "KIND_MODEL"  # in Python the graphs find their GPU themselves
     else:
-        kind = "KIND_CPU"
-    on_gpu = engine.of("frame_encoder").engine_kind != "onnx"
-    if model.serving == "function" and on_gpu:
-        kind = "KIND_MODEL"
+        kind = "KIND_MODEL" if model.serving == "function" and on_gpu else "KIND_CPU"
     if model.serving in ("function", "stream"):  # for the frame encoder, which takes what they leave on a GPU
         parameters["resize_on"] = "gpu" if on_gpu else "cpu"
     # One process, also where there are several GPUs: state is in it, and frames of a session cannot overtake each other.

@@ -138,8 +138,7 @@ class LanguageDecoder(Graph):
             compiled: a `PromptLayer` that stands for every layer.
         """
         positions = torch.arange(token_embeddings.shape[1], device=token_embeddings.device)[None]
-        mask = cache(lambda: self.visible(positions, positions.shape[1]))  # one for all layers, where there is need of it
-        step, x = self._step(positions, over_prompt(self.config.language.sliding_window, mask)), token_embeddings
+        step, x = self._step(positions, over_prompt(positions, self.config.language.sliding_window)), token_embeddings
         for index, layer in enumerate(self.layers):
             x, *tokens = layer(x, step, None) if compiled is None else several(compiled(x, step.cos, step.sin, *layer.parameters()))
             for own, new in zip((key_cache[index], value_cache[index]), tokens, strict=True):
@@ -156,11 +155,15 @@ class LanguageDecoder(Graph):
         return self.lm_head(final_states), final_states
 
     def visible(self, positions: Tensor, slots: int) -> Tensor:
-        """[N, S] positions to [N, 1, S, slots] bool: which slots each token attends to."""
-        now = positions[:, None, :, None]
-        age = slots_of(now - torch.arange(slots, device=positions.device), slots)
-        window = self.config.language.sliding_window
-        return age <= now if window is None else (age <= now) & (age <= window)
+        """`visible_slots` with the model's window."""
+        return visible_slots(positions, slots, self.config.language.sliding_window)
+
+
+def visible_slots(positions: Tensor, slots: int, window: int | None) -> Tensor:
+    """[N, S] positions to [N, 1, S, slots] bool: which slots of a ring each token attends to."""
+    now = positions[:, None, :, None]
+    age = slots_of(now - torch.arange(slots, device=positions.device), slots)
+    return age <= now if window is None else (age <= now) & (age <= window)
 
 
 def ring_slots(config: ModelConfig) -> int:
@@ -205,8 +208,9 @@ def write_(cache: Tensor, slots: Tensor, new: Tensor) -> Tensor:
     return cache
 
 
-def over_prompt(window: int | None, mask: Callable[[], Tensor]) -> Attend:
-    """Attention of a prompt's tokens over each other and, where they have one, within a window; a GPU in half precision needs no mask."""
+def over_prompt(positions: Tensor, window: int | None) -> Attend:
+    """Attention of a prompt's tokens, at positions [1, S] from 0 on, over each other; a GPU in half precision needs no mask for that."""
+    mask = cache(lambda: visible_slots(positions, positions.shape[1], window))  # one for all layers
 
     def attend(q: Tensor, k: Tensor, v: Tensor, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
         if not on_tensor_cores(q):
@@ -289,12 +293,8 @@ class PromptLayer(LayerOfWeights):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[1, S, C] through the layer, and its keys and values [1, heads, S, C / heads]; cos and sin as in `Step`."""
-
-        def mask() -> Tensor:
-            age = torch.arange(x.shape[1], device=x.device)[:, None] - torch.arange(x.shape[1], device=x.device)
-            return (age >= 0) & (age <= (x.shape[1] if self.window is None else self.window))
-
-        return self.through(weights, x, Step(cos, sin, over_prompt(self.window, mask)), None)
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        return self.through(weights, x, Step(cos, sin, over_prompt(positions, self.window)), None)
 
 
 class Attention(nn.Module):
