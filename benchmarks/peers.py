@@ -129,9 +129,9 @@ def uncached(ours: Ours) -> Iterator[Line]:
     for _ in range(UNCACHED_WARM_UP + UNCACHED_TOKENS):
         start = time.perf_counter()
         visual = device.run(graph, clip)["visual_tokens"]
-        logits, _ = decoder.prefill(0, [visual, text])
+        outlook = decoder.prefill(0, [visual, text])
         samples.append(1000 * (time.perf_counter() - start))
-        text = np.concatenate([text, decoder.embed([int(logits.argmax())])])
+        text = np.concatenate([text, decoder.embed(outlook.likeliest.tolist())])
     env = ours.env(made) | {"engine_kinds": {own.component: own.engine_kind for own in (towers, made)}}
     samples = samples[UNCACHED_WARM_UP:]
     lines = [record("peers", f"uncached_batch_1_prompt_{length}", "decode_ms_per_token", np.median(samples), "ms", samples, env)]

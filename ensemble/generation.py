@@ -14,7 +14,7 @@ from .components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER, components
 from .config import ModelConfig
 from .errors import Cancelled, InvalidInput, SparrowError
 from .runner import DeviceArray, Parameters, SequenceRequest
-from .sampling import Sampling, draw, greedy
+from .sampling import Sampling, draw
 from .sessions import SessionStore
 from .tensors import Array, Arrays
 
@@ -30,14 +30,28 @@ class Decoder(Protocol):
     def embed(self, token_ids: list[int]) -> Array:
         """[S, H] float32 rows of the embedding table."""
 
-    def prefill(self, slot: int, embeddings: Sequence[DeviceArray]) -> tuple[Array, Array]:
-        """Fills an empty slot with embeddings, [S, H] in pieces; logits [V] and final-norm state [H] after the last one."""
+    def prefill(self, slot: int, embeddings: Sequence[DeviceArray]) -> Outlook:
+        """Fills an empty slot with embeddings, [S, H] in pieces; what follows the last one, n = 1."""
 
-    def decode(self, slots: list[int], token_ids: list[int]) -> tuple[Array, Array]:
-        """Appends one token to each of n slots; logits [n, V] and final-norm states [n, H]."""
+    def decode(self, slots: list[int], token_ids: list[int]) -> Outlook:
+        """Appends one token to each of n slots; what follows them."""
 
-    def project(self, states: Array) -> Array:
-        """text_hidden_fcs: [n, H] -> [n, C]."""
+
+@dataclass(frozen=True)
+class Outlook:
+    """What n answers go on with.
+
+    Args:
+        likeliest: [n] int64, the first largest logit of each.
+        states: [n, H] float32, final-norm states behind the last token.
+        prompt_embeddings: [n, C] float32, text_hidden_fcs of the states.
+        logits: row to [V] float32; few answers ask for them.
+    """
+
+    likeliest: Array
+    states: Array
+    prompt_embeddings: Array
+    logits: Callable[[int], Array]
 
 
 @dataclass
@@ -47,8 +61,8 @@ class Answer:
     slot: int
     length: int
     """Cache positions in use."""
-    choose: Callable[[Array], int] = greedy
-    """Logits to the next token."""
+    draw: Callable[[Array], int] | None = None
+    """Logits to the next token; the likeliest where not given."""
     last_token: int = NO_TOKEN
     finished: bool = False
 
@@ -61,16 +75,17 @@ class Turn:
     num_tokens: int
     token_ids: list[int] = field(default_factory=list)
     states: list[Array] = field(default_factory=list)
+    prompt_embeddings: list[Array] = field(default_factory=list)
 
     @property
     def waiting(self) -> bool:
         return not self.answer.finished and len(self.token_ids) < self.num_tokens
 
 
-def chooser(parameters: Parameters) -> Callable[[Array], int]:
-    """Greedy, or draws where the request asks for them."""
+def drawing(parameters: Parameters) -> Callable[[Array], int] | None:
+    """How a request asks for its tokens to be drawn, if it does."""
     if SAMPLING not in parameters:
-        return greedy
+        return None
     sampling = Sampling.from_json(parameters[SAMPLING])
     return partial(draw, sampling=sampling, generator=sampling.generator())
 
@@ -98,10 +113,10 @@ class LanguageModel:
             except SparrowError as error:
                 results[position] = error
         while waiting := [turn for turn in turns.values() if turn.waiting]:
-            logits, states = self._decoder.decode([turn.answer.slot for turn in waiting], [turn.answer.last_token for turn in waiting])
-            for turn, row, state in zip(waiting, logits, states, strict=True):
+            outlook = self._decoder.decode([turn.answer.slot for turn in waiting], [turn.answer.last_token for turn in waiting])
+            for row, turn in enumerate(waiting):
                 turn.answer.length += 1
-                self._accept(turn, row, state)
+                self._accept(turn, outlook, row)
         results |= {position: self._respond(turn) for position, turn in turns.items()}
         for position, request in enumerate(requests):
             refused = request.start and isinstance(results[position], SparrowError)
@@ -126,12 +141,12 @@ class LanguageModel:
         length = sum(map(len, embeddings))
         if length > self._config.max_sequence:
             raise InvalidInput(f"language_model: got {length} tokens, expected at most {self._config.max_sequence}. Shorten the prompt.")
-        answer = self.sessions.open(request.session_id, Answer(NO_SLOT, length, chooser(request.parameters)))
+        answer = self.sessions.open(request.session_id, Answer(NO_SLOT, length, drawing(request.parameters)))
         used = {other.slot for other in self.sessions.states()}
         answer.slot = next(slot for slot in range(settings.MAX_GENERATIONS) if slot not in used)
         turn = Turn(answer, max(1, num_tokens))
         try:
-            self._accept(turn, *self._decoder.prefill(answer.slot, embeddings))
+            self._accept(turn, self._decoder.prefill(answer.slot, embeddings), row=0)
         except BaseException:
             self.sessions.close(request.session_id)
             raise
@@ -151,18 +166,20 @@ class LanguageModel:
             start = index + 1
         return [*pieces, words[start:]]
 
-    def _accept(self, turn: Turn, logits: Array, state: Array) -> None:
-        answer, token_id = turn.answer, turn.answer.choose(logits)
+    def _accept(self, turn: Turn, outlook: Outlook, row: int) -> None:
+        answer = turn.answer
+        token_id = int(outlook.likeliest[row]) if answer.draw is None else answer.draw(outlook.logits(row))
         answer.last_token = token_id
         turn.token_ids.append(token_id)
-        turn.states.append(state)
+        turn.states.append(outlook.states[row])
+        turn.prompt_embeddings.append(outlook.prompt_embeddings[row])
         answer.finished = token_id in self._config.language.eos_token_ids or answer.length >= self._config.max_sequence
 
     def _respond(self, turn: Turn) -> Arrays:
-        states = np.stack(turn.states) if turn.states else np.zeros((0, self._config.language.width), np.float32)
+        count = len(turn.token_ids)
         return {
             "token_ids": np.array(turn.token_ids, np.int32),
-            "prompt_embeddings": self._decoder.project(states) if len(states) else np.zeros((0, self._config.sam2.width), np.float32),
-            "final_states": states,
+            "prompt_embeddings": np.array(turn.prompt_embeddings, np.float32).reshape(count, self._config.sam2.width),
+            "final_states": np.array(turn.states, np.float32).reshape(count, self._config.language.width),
             "finished": np.array([turn.answer.finished]),
         }

@@ -43,11 +43,6 @@ class Sampling:
         return np.asarray(weights / weights.sum())
 
 
-def greedy(logits: Array) -> int:
-    """The first largest logit."""
-    return int(logits.argmax())
-
-
 def draw(logits: Array, sampling: Sampling, generator: np.random.Generator) -> int:
     """A token at random, by its probability."""
     return int(generator.choice(len(logits), p=sampling.probabilities(logits)))

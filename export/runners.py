@@ -17,7 +17,7 @@ import numpy as np
 from ensemble import settings
 from ensemble.components import components
 from ensemble.config import ModelConfig
-from ensemble.generation import Decoder
+from ensemble.generation import Decoder, Outlook
 from ensemble.runner import Device, Graph, Host
 from ensemble.tensors import Array, Arrays, Component
 
@@ -295,18 +295,18 @@ class AotiGraph(TensorGraph):
     """
 
     def __init__(self, path: Path, component: str, config: ModelConfig) -> None:
-        from .models import graph_class, roi_align  # noqa: F401 (packages call the operator that the latter registers)
+        from .models import graph_class
 
         call = load_package(path)
         if size := graph_class(component).alone:
-            call = choose(component, config, size, load_package(alone_package(path)), call)
+            axes = components(config)[component].dynamic_axes().values()
+            place, axis = next((place, axis) for place, names in enumerate(axes) for axis, name in names.items() if name == size)
+            call = choose(load_package(alone_package(path)), call, place, axis)
         super().__init__(component, config, call)
 
 
-def choose(component: str, config: ModelConfig, size: str, alone: Call, others: Call) -> Call:
-    """One call of two: for inputs of which a size is 1, and for all others."""
-    axes = components(config)[component].dynamic_axes().values()
-    place, axis = next((place, axis) for place, names in enumerate(axes) for axis, name in names.items() if name == size)
+def choose(alone: Call, others: Call, place: int = 0, axis: int = 0) -> Call:
+    """One call of two: where the axis of an input has size 1, and where it has any other."""
     return lambda *tensors: (alone if tensors[place].shape[axis] == 1 else others)(*tensors)
 
 
@@ -318,6 +318,8 @@ def alone_package(path: Path) -> Path:
 def load_package(path: Path) -> Call:
     """The function that AOTInductor has compiled."""
     from torch._inductor import aoti_load_package
+
+    from .models import layers, roi_align  # noqa: F401 (packages call the operators that they register)
 
     # What takes locks of its own cannot be captured.
     package: Call = aoti_load_package(str(path), run_single_threaded=torch_device() == "cuda")
@@ -339,11 +341,12 @@ class CompiledLayers:
 def load_compiled(path: Path, config: ModelConfig) -> tuple[Any, CompiledLayers]:
     """The language decoder's module, and the layers that were compiled from it, which lie beside its weights."""
     module = load_module(path.with_suffix(ENGINE_SUFFIX["torch"]), "language_decoder", config)
-    return module, CompiledLayers(load_package(path), load_package(prompt_package(path)))
+    decode = choose(load_package(alone_package(path)), load_package(path))
+    return module, CompiledLayers(decode, load_package(prompt_package(path)))
 
 
 def prompt_package(path: Path) -> Path:
-    """The second package of the language decoder's engine."""
+    """The package for prompts, beside those for steps."""
     return path.with_stem(f"{path.stem}_prompt")
 
 
@@ -372,24 +375,7 @@ class CompiledSteps(TensorGraph):
         super().__init__("language_decoder", module.config, call)
 
 
-class DecoderEnds:
-    """What every decoder does before and behind the language model proper.
-
-    Args:
-        embedder, projector: graphs of token_embedder and prompt_projector.
-    """
-
-    def __init__(self, embedder: Graph, projector: Graph) -> None:
-        self._embedder, self._projector = embedder, projector
-
-    def embed(self, token_ids: list[int]) -> Array:
-        return self._embedder.run({"token_ids": np.array(token_ids)})["token_embeddings"]
-
-    def project(self, states: Array) -> Array:
-        return self._projector.run({"final_states": states})["prompt_embeddings"]
-
-
-class GraphDecoder(DecoderEnds):
+class GraphDecoder:
     """The language model as a graph that returns its caches; each slot keeps the part in use.
 
     Args:
@@ -398,23 +384,28 @@ class GraphDecoder(DecoderEnds):
     """
 
     def __init__(self, decoder: Graph, embedder: Graph, projector: Graph, config: ModelConfig) -> None:
-        super().__init__(embedder, projector)
         language = config.language
-        self._decoder = decoder
+        self._decoder, self._embedder, self._projector = decoder, embedder, projector
         self._empty = np.zeros((language.layers, 1, language.heads, 0, language.width // language.heads), np.float32)
         self._caches: dict[int, tuple[Array, Array]] = {}
 
-    def prefill(self, slot: int, embeddings: Sequence[Array]) -> tuple[Array, Array]:
-        self._caches[slot] = self._empty, self._empty
-        return self._append(slot, np.concatenate(embeddings))
+    def embed(self, token_ids: list[int]) -> Array:
+        return self._embedder.run({"token_ids": np.array(token_ids)})["token_embeddings"]
 
-    def decode(self, slots: list[int], token_ids: list[int]) -> tuple[Array, Array]:
-        results = [self._append(slot, row[None]) for slot, row in zip(slots, self.embed(token_ids), strict=True)]
-        logits, states = zip(*results, strict=True)
-        return np.stack(logits), np.stack(states)
+    def prefill(self, slot: int, embeddings: Sequence[Array]) -> Outlook:
+        self._caches[slot] = self._empty, self._empty
+        return self._outlook([self._append(slot, np.concatenate(embeddings))])
+
+    def decode(self, slots: list[int], token_ids: list[int]) -> Outlook:
+        return self._outlook([self._append(slot, row[None]) for slot, row in zip(slots, self.embed(token_ids), strict=True)])
+
+    def _outlook(self, results: Sequence[tuple[Array, Array]]) -> Outlook:
+        logits, states = map(np.stack, zip(*results, strict=True))
+        prompt_embeddings = self._projector.run({"final_states": states})["prompt_embeddings"]
+        return Outlook(logits.argmax(1), states, prompt_embeddings, logits.__getitem__)
 
     def _append(self, slot: int, embeddings: Array) -> tuple[Array, Array]:
-        """New tokens [S, H] behind those of one slot."""
+        """New tokens [S, H] behind those of one slot: logits [V] and final-norm state [H]."""
         keys, values = self._caches[slot]
         room = [(0, 0), (0, 0), (0, 0), (0, len(embeddings)), (0, 0)]
         used = keys.shape[3]
@@ -430,7 +421,7 @@ class GraphDecoder(DecoderEnds):
         return outputs["logits"][0], outputs["final_states"][0]
 
 
-class TorchDecoder(DecoderEnds):
+class TorchDecoder:
     """The language model in torch over a cache that is written in place; on a GPU a step of all answers is one captured launch.
 
     Args:
@@ -452,27 +443,29 @@ class TorchDecoder(DecoderEnds):
     ) -> None:
         from .models.language_model import ring_slots
 
-        super().__init__(embedder, projector)
-        self._decoder, self._place, self._layers = decoder, TorchPlace(decoder, precision), layers
+        self._decoder, self._embedder, self._projector = decoder, embedder, projector
+        self._place, self._layers = TorchPlace(decoder, precision), layers
         self._captures = capturable and self._place.device.on_gpu
         self._lengths = np.zeros(settings.MAX_GENERATIONS, np.int64)
         self._ring = ring_slots(decoder.config)
         self._keys, self._values = self._empty(0, 0), self._empty(0, 0)
         self._forget()
 
-    def prefill(self, slot: int, embeddings: Sequence[Array | Tensor]) -> tuple[Array, Array]:
+    def embed(self, token_ids: list[int]) -> Array:
+        return self._embedder.run({"token_ids": np.array(token_ids)})["token_embeddings"]
+
+    def prefill(self, slot: int, embeddings: Sequence[Array | Tensor]) -> Outlook:
         import torch
 
         length, rows = sum(map(len, embeddings)), slice(slot, slot + 1)
         self._reserve(slot + 1, length)
         with self._place.inference():
             whole = torch.cat([self._place.device.put(piece) for piece in embeddings])[None]
-            tensors = self._decoder.prefill_(whole, self._keys[:, rows], self._values[:, rows], self._layers.prompt)
+            tensors = self._behind(*self._decoder.prefill_(whole, self._keys[:, rows], self._values[:, rows], self._layers.prompt))
         self._lengths[slot] = length
-        logits, states = map(self._place.device.host, tensors)
-        return logits[0], states[0]
+        return self._outlook(tensors, [0])
 
-    def decode(self, slots: list[int], token_ids: list[int]) -> tuple[Array, Array]:
+    def decode(self, slots: list[int], token_ids: list[int]) -> Outlook:
         # All slots up to the highest run, in few sizes, so that the cache needs no gathering and a step can be captured. What an idle
         # one writes behind its last token is overwritten by its own next token before anybody reads it.
         count = 1 << max(slots).bit_length()
@@ -480,11 +473,9 @@ class TorchDecoder(DecoderEnds):
         ids = np.zeros(count, np.int64)
         ids[slots] = token_ids
         with self._place.inference():
-            logits, states = map(
-                self._place.device.host, self._step(self._place.device.put(ids), self._place.device.put(self._lengths[:count]))
-            )
+            tensors = self._step(self._place.device.put(ids), self._place.device.put(self._lengths[:count]))
         self._lengths[slots] += 1
-        return logits[slots], states[slots]
+        return self._outlook(tensors, slots)
 
     def _forget(self) -> None:
         """Captured steps write to the cache that they were captured with."""
@@ -492,15 +483,29 @@ class TorchDecoder(DecoderEnds):
             Captured(self._run) if self._captures else lambda *tensors: self._run(*tensors)
         )
 
-    def _run(self, token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """One more token [n] behind each of the first n answers, of their lengths [n]: logits [n, V] and final-norm states [n, H]."""
+    def _run(self, token_ids: Tensor, lengths: Tensor) -> Sequence[Tensor]:
+        """One more token [n] behind each of the first n answers, of their lengths [n]; as `_behind`."""
         from .models.layers import several
 
         assert isinstance(self._embedder, TensorGraph)
         (embeddings,) = several(self._embedder.call(token_ids))
         caches = self._keys[:, : len(lengths)], self._values[:, : len(lengths)]
         with self._place.inference():
-            return self._decoder.decode_(embeddings.float()[:, None], lengths[:, None], *caches, self._layers.decode)
+            return self._behind(*self._decoder.decode_(embeddings.float()[:, None], lengths[:, None], *caches, self._layers.decode))
+
+    def _behind(self, logits: Tensor, states: Tensor) -> Sequence[Tensor]:
+        """The tensors of an `Outlook`: what the host asks for is computed on the device, and little enough to copy for every token."""
+        from .models.layers import several
+
+        assert isinstance(self._projector, TensorGraph)
+        states = states.float()
+        return logits.argmax(1), states, *several(self._projector.call(states)), logits
+
+    def _outlook(self, tensors: Sequence[Tensor], rows: list[int]) -> Outlook:
+        """Of some rows of what `_behind` has computed."""
+        host = self._place.device.host
+        likeliest, states, prompt_embeddings = (host(tensor)[rows] for tensor in tensors[:3])
+        return Outlook(likeliest, states, prompt_embeddings, lambda row: host(tensors[3][rows[row]]))
 
     def _reserve(self, slots: int, positions: int) -> None:
         """Lets the cache grow to as many answers and positions as there ever were at once; on a GPU an answer has all of its positions."""

@@ -52,23 +52,26 @@ def aoti_from_torch(module: Graph, component: str, path: Path, precision: str, d
 
 
 def aoti_from_decoder(decoder: LanguageDecoder, path: Path, precision: str, device: str) -> None:
-    """Compiles what stands for each of the decoder's layers, in a step and in a prompt: two packages; arguments as of `aoti_from_torch`."""
+    """Compiles what stands for each of the decoder's layers, in a step of any number of answers, of one alone, and in a prompt: three
+    packages; arguments as of `aoti_from_torch`.
+    """
     import torch
 
     from .models.language_model import DecodeLayer, PromptLayer, ring_slots
 
-    language, slots, count = decoder.config.language, ring_slots(decoder.config), 2
+    language, slots = decoder.config.language, ring_slots(decoder.config)
     size = language.width // language.heads
     layer: Any = decoder.layers[0]
-    positions = torch.arange(count, device=device)[:, None] + 3
-    angles = [torch.zeros(count, 1, 1, size // 2, dtype=decoder.cos.dtype, device=device) for _ in range(2)]
-    caches = [torch.zeros(count, language.heads, slots, size, dtype=getattr(torch, precision), device=device) for _ in range(2)]
-    inputs = (torch.zeros(count, 1, language.width, device=device), *angles, positions, decoder.visible(positions, slots), *caches)
-    rows, ring = torch.export.Dim("sequences", max=settings.MAX_GENERATIONS), torch.export.Dim("slots", min=2, max=slots)
-    sizes = ({0: rows}, {0: rows}, {0: rows}, {0: rows}, {0: rows, 3: ring}, {0: rows, 2: ring}, {0: rows, 2: ring})
     weights = tuple(layer.parameters())
     fixed = (None,) * len(weights)
-    compile_package(DecodeLayer(layer), (*inputs, *weights), (*sizes, fixed), path, precision, device)
+    ring = torch.export.Dim("slots", min=2, max=slots)
+    for count, rows, package in ((2, torch.export.Dim("sequences", max=settings.MAX_GENERATIONS), path), (1, None, alone_package(path))):
+        positions = torch.arange(count, device=device)[:, None] + 3
+        angles = [torch.zeros(count, 1, 1, size // 2, dtype=decoder.cos.dtype, device=device) for _ in range(2)]
+        caches = [torch.zeros(count, language.heads, slots, size, dtype=getattr(torch, precision), device=device) for _ in range(2)]
+        inputs = (torch.zeros(count, 1, language.width, device=device), *angles, positions, decoder.visible(positions, slots), *caches)
+        sizes = ({0: rows}, {0: rows}, {0: rows}, {0: rows}, {0: rows, 3: ring}, {0: rows, 2: ring}, {0: rows, 2: ring})
+        compile_package(DecodeLayer(layer), (*inputs, *weights), (*sizes, fixed), package, precision, device)
 
     tokens = torch.export.Dim("tokens", min=2, max=decoder.config.max_sequence)
     prompt = [torch.zeros(1, PROMPT_TOKENS, language.width, device=device)]

@@ -8,7 +8,7 @@ from ensemble import settings
 from ensemble.components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER, components
 from ensemble.config import TINY
 from ensemble.errors import Cancelled, CapacityExceeded, ComponentFailed, InvalidInput, UnknownSession
-from ensemble.generation import LanguageModel
+from ensemble.generation import LanguageModel, Outlook
 from ensemble.pipeline import Answer
 from ensemble.runner import CLOSING, SequenceRequest
 from ensemble.sessions import SessionStore
@@ -48,13 +48,13 @@ class ScriptedDecoder:
         for slot, token_id in zip(slots, token_ids, strict=True):
             story, told = self._slots[slot]
             assert token_id == self.stories[story][told - 1]
-        logits, states = zip(*map(self._tell, slots), strict=True)
-        return np.stack(logits), np.stack(states)
+        return self._tell(*slots)
 
-    def project(self, states):
-        return states[:, : TINY.sam2.width] * 2
+    def _tell(self, *slots):
+        logits, states = map(np.stack, zip(*map(self._next, slots), strict=True))
+        return Outlook(logits.argmax(1), states, states[:, : TINY.sam2.width] * 2, logits.__getitem__)
 
-    def _tell(self, slot):
+    def _next(self, slot):
         story, told = self._slots[slot]
         self._slots[slot][1] += 1
         logits = np.zeros(TINY.language.vocab_size, np.float32)

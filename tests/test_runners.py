@@ -105,17 +105,20 @@ def test_cache_grows_with_answers_and_positions_without_changing_them():
     for slot, prompt in enumerate(prompts):
         growing.prefill(slot, [prompt])
     for token_id in (5, 6, 7, 8):  # over the end of the first step
-        logits, states = growing.decode([0, 1], [token_id, token_id])
+        got = growing.decode([0, 1], [token_id, token_id])
 
     for slot, prompt in enumerate(prompts):
         whole = np.concatenate([prompt, fresh.embed([5, 6, 7, 8])])
         expected = fresh.prefill(0, [whole])
-        np.testing.assert_allclose(logits[slot], expected[0], atol=1e-4)  # float32 summation order
-        np.testing.assert_allclose(states[slot], expected[1], atol=1e-4)
+        np.testing.assert_allclose(got.logits(slot), expected.logits(0), atol=1e-4)  # float32 summation order
+        np.testing.assert_allclose(got.states[slot], expected.states[0], atol=1e-4)
+        np.testing.assert_allclose(got.prompt_embeddings[slot], expected.prompt_embeddings[0], atol=1e-4)
+        assert got.likeliest[slot] == expected.likeliest[0] == got.logits(slot).argmax()
 
 
 def test_cache_ends_with_what_a_token_may_see():
     config = replace(TINY, language=replace(TINY.language, layers=1))
-    decoder = TorchDecoder(graph_class("language_decoder")(config).eval(), None, None)
+    projector = TorchGraph(module("prompt_projector"), "prompt_projector")
+    decoder = TorchDecoder(graph_class("language_decoder")(config).eval(), None, projector)
     decoder.prefill(0, [np.zeros((config.max_sequence - 1, WIDTH), np.float32)])
     assert decoder._keys.shape[3] == ring_slots(config) == config.language.sliding_window + 1

@@ -3,13 +3,9 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
-from ensemble.sampling import Sampling, draw, greedy
+from ensemble.sampling import Sampling, draw
 
 LOGITS = np.random.default_rng(0).normal(0, 2, 60).astype(np.float32)
-
-
-def test_greedy_takes_the_first_of_the_largest_logits():
-    assert greedy(np.float32([0, 3, 1, 3])) == 1
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1, 50), (0.5, 5), (3, 1), (1, 1000)])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ensemble.config import HieraConfig
 
-from .layers import MLP, small_random, split_heads
+from .layers import MLP, by_kernels, linear_gelu, small_random, split_heads
 
 PATCH_STRIDE = 4
 """Pixels from one cell of the first stage to the next."""
@@ -71,40 +71,43 @@ class Block(nn.Module):
     def __init__(self, width: int, out_width: int, heads: int, grid: int, window: int) -> None:
         super().__init__()
         self.pools = out_width != width
-        self.window, self.out_window = window, window // POOL if self.pools else window
-        self.out_grid = grid // POOL if self.pools else grid
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = WindowAttention(width, out_width, heads)
+        self.attn = WindowAttention(width, out_width, heads, grid, window, self.pools)
         self.norm2 = nn.LayerNorm(out_width, eps=1e-6)
-        self.mlp = MLP(out_width, 4 * out_width, out_width, 2, nn.GELU())
+        self.mlp = MLP(out_width, 4 * out_width, out_width, 2, linear_gelu)
         if self.pools:
             self.proj = nn.Linear(width, out_width)
 
     def forward(self, x: Tensor) -> Tensor:
         normal = self.norm1(x)
         shortcut = max_pool(self.proj(normal)) if self.pools else x  # [N, H, W, C] -> [N, H / 2, W / 2, 2 C] where it pools
-        x = shortcut + join_windows(self.attn(split_windows(normal, self.window), self.pools), self.out_window, self.out_grid)
+        x = shortcut + self.attn(normal)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
 
 class WindowAttention(nn.Module):
-    """Self-attention of the cells of each window."""
+    """Self-attention of the cells of each window of a map; where it pools, of fewer queries."""
 
-    def __init__(self, width: int, out_width: int, heads: int) -> None:
+    def __init__(self, width: int, out_width: int, heads: int, grid: int, window: int, pools: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.grid, self.window, self.pools = heads, grid, window, pools
         self.qkv = nn.Linear(width, 3 * out_width)
         self.proj = nn.Linear(out_width, out_width)
 
-    def forward(self, x: Tensor, pools: bool) -> Tensor:
-        """[N, w, w, C] -> [N, w * w, C], or a quarter of the cells where the queries are pooled."""
-        q, k, v = self.qkv(x).chunk(3, -1)  # [N, w, w, 3 C] -> 3 x [N, w, w, C]
-        q = max_pool(q) if pools else q
-        q, k, v = (split_heads(x.flatten(1, 2), self.heads) for x in (q, k, v))  # [N, w, w, C] -> [N, heads, w * w, C / heads]
-        x = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.proj(x.transpose(1, 2).flatten(2))  # [N, heads, w * w, C / heads] -> [N, w * w, C]
-        return out
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, H, W, C] to the same, or [N, H / 2, W / 2, 2 C] where it pools."""
+        if by_kernels(self.qkv.weight) and not self.pools:
+            from . import kernels
+
+            if kernels.takes_windows(self.grid, self.window):
+                return self.proj(kernels.window_attention(self.qkv(x), self.heads, self.window))  # type: ignore[no-any-return]
+        q, k, v = self.qkv(split_windows(x, self.window)).chunk(3, -1)  # [N, H, W, C] -> 3 x [windows, w, w, C]
+        q = max_pool(q) if self.pools else q
+        q, k, v = (split_heads(x.flatten(1, 2), self.heads) for x in (q, k, v))  # -> [windows, heads, w * w, C / heads]
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # -> [windows, w * w, C]
+        shrunk = POOL if self.pools else 1
+        return join_windows(self.proj(x), self.window // shrunk, self.grid // shrunk)
 
 
 def max_pool(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ensemble.components import SLOTS
 from ensemble.config import LanguageConfig, ModelConfig
 
-from .layers import Call, Graph, on_tensor_cores, several
+from .layers import Call, Graph, by_kernels, on_tensor_cores, several
 
 Write = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(cache of one layer [N, heads, slots, C / heads], slots [N, S], new tokens [N, heads, S, C / heads]) to the cache with the tokens."""
@@ -192,6 +192,10 @@ def over_cache(visible: Tensor, slots: Tensor, write: Write) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
         assert caches is not None
         keys, values = (write(own, slots, new.to(own.dtype)) for own, new in zip(caches, (k, v), strict=True))
+        if q.shape[2] == 1 and by_kernels(keys):
+            from . import kernels
+
+            return kernels.ring_attention(q, keys, values, visible), keys, values
         return F.scaled_dot_product_attention(q, keys, values, visible), keys, values
 
     return attend
@@ -307,10 +311,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1))
+        qkv = product(self.qkv_proj, x).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, S, 3, heads, C / heads] -> 3 x [N, heads, S, C / heads]
         mixed, keys, values = step.attend(rotate(q, step).to(v.dtype), rotate(k, step).to(v.dtype), v, caches)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2)), keys, values  # [N, heads, S, C / heads] -> [N, S, C]
+        return product(self.o_proj, mixed.transpose(1, 2).flatten(2)), keys, values  # [N, heads, S, C / heads] -> [N, S, C]
 
 
 class Mlp(nn.Module):
@@ -322,8 +326,27 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_one_token(x) and by_kernels(self.gate_up_proj.weight):
+            from . import kernels
+
+            return product(self.down_proj, kernels.row_product(x, self.gate_up_proj.weight, gated=True))
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+def product(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer without bias; of a single token, in half precision on a GPU, by a kernel for that."""
+    if is_one_token(x) and by_kernels(linear.weight):
+        from . import kernels
+
+        return kernels.row_product(x, linear.weight)
+    out: Tensor = linear(x)
+    return out
+
+
+def is_one_token(x: Tensor) -> bool:
+    """Whether [N, S, C] is known to be one token of one answer; sizes that vary, in a traced graph, are not."""
+    return all(isinstance(size, int) and size == 1 for size in x.shape[:2])
 
 
 def rotary_table(config: LanguageConfig) -> tuple[Tensor, Tensor]:

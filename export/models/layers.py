@@ -60,18 +60,62 @@ class LayerNorm2d(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with an activation between them (sam2_utils.py MLP)."""
+    """Linear layers with an activation between them (sam2_utils.py MLP).
 
-    def __init__(self, width: int, hidden: int, out: int, depth: int, activation: nn.Module | None = None) -> None:
+    Args:
+        width, hidden, out: channels.
+        depth: linear layers.
+        activated: every layer but the last with its activation.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, out: int, depth: int, activated: Callable[[nn.Linear, Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         sizes = [width, *[hidden] * (depth - 1), out]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.activation = activation or nn.ReLU()
+        self.activated = activated or linear_relu
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return self.layers[-1](x)  # type: ignore[no-any-return]
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = self.activated(layer, x)  # type: ignore[arg-type]
+        return last(x)  # type: ignore[no-any-return]
+
+
+def linear_relu(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer and ReLU."""
+    return F.relu(layer(x))
+
+
+def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer and exact GELU; on a GPU in half precision as `half_linear_gelu`."""
+    if not by_kernels(layer.weight):
+        return F.gelu(layer(x))
+    return half_linear_gelu(x.to(layer.weight.dtype), layer.weight, layer.bias)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("sparrow::half_linear_gelu", mutates_args=())
+def half_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer with the GELU that cuBLAS has in the same kernel, by tanh.
+
+    That differs from the exact one by up to 5e-4, and takes sums that are not rounded yet: the result is closer to the exact one than in
+    two steps (docs/performance.md).
+
+    Args:
+        x: [..., C]
+        weight: [D, C]
+        bias: [D]; all of them float16, or all bfloat16.
+    Returns:
+        [..., D]
+    """
+    out: Tensor = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return out.reshape(*x.shape[:-1], -1)
+
+
+@half_linear_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 class Attention(nn.Module):
@@ -113,16 +157,20 @@ class Attention(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """[N, heads, S, C] queries over [N, heads, K, C] keys and values.
+    """[N, heads, S, C] queries over [N, heads, K, C] keys and [N, heads, K, D] values, D up to C, to [N, heads, S, D].
 
     One wide head of one or two objects has fewer tiles of queries than an H100 has processors. There, keys go to several heads (K is a
     multiple of 4), and what those mix is put together by the weight that each has in the whole softmax (docs/performance.md).
     """
-    few = {1: 4, 2: 2}.get(q.shape[0]) if isinstance(q.shape[0], int) else None  # a size that varies, in a traced graph, is not known
-    if few is None or mask is not None or q.shape[1] > 1 or q.shape[3] <= 128 or not on_hopper(v):
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    q, k, v = q.expand(-1, few, -1, -1), k.reshape(k.shape[0], few, -1, k.shape[3]), v.reshape(v.shape[0], few, -1, v.shape[3])
-    mixed, log_sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q.to(v.dtype), k.to(v.dtype), v, None, True)
+    if mask is not None or q.shape[1] > 1 or q.shape[3] <= 128 or not on_hopper(v):
+        missing = q.shape[3] - v.shape[3]  # fast kernels take values as wide as keys
+        return F.scaled_dot_product_attention(q, k, F.pad(v, (0, missing)) if missing else v, mask)[..., : v.shape[3]]
+    shared = {1: 4, 2: 2}.get(q.shape[0], 1) if isinstance(q.shape[0], int) else 1  # a size that varies, in a traced graph, is not known
+    q = q.to(v.dtype).expand(-1, shared, -1, -1).contiguous()
+    k, v = (x.to(v.dtype).reshape(x.shape[0], shared, -1, x.shape[3]) for x in (k, v))
+    mixed, log_sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, shared > 1)
+    if shared == 1:
+        return mixed  # type: ignore[no-any-return]
     weights = log_sums.reshape(*mixed.shape[:3], 1).softmax(1)  # [N, heads, S, 1]
     together: Tensor = (mixed * weights).sum(1, keepdim=True).to(v.dtype)
     return together
@@ -131,6 +179,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def on_hopper(x: Tensor) -> bool:
     """Whether cuDNN has a kernel for half precision and heads of 256: it needs an H100 or H200."""
     return on_tensor_cores(x) and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def by_kernels(weight: Tensor) -> bool:
+    """Whether kernels of our own may take a layer: of weights that are kept in half precision on a GPU, and without gradients."""
+    return on_tensor_cores(weight) and not torch.is_grad_enabled()
 
 
 def on_tensor_cores(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ensemble import settings
 from ensemble.config import ModelConfig, Sam2Config
 
-from .layers import TEMPERATURE, Attention, Graph, sine_positions, small_random
+from .layers import TEMPERATURE, Attention, Graph, attention, sine_positions, small_random, split_heads
 
 FRAME_POSITION_SCALE = 0.1
 """Weight of the positions that are added to the frame (memory_attention.py)."""
@@ -101,7 +101,11 @@ class MemoryLayer(nn.Module):
         attn, normal = self.cross_attn_image, self.norm2(x)
         map_k = rotate(attn.k_proj(map_keys), cos, sin).flatten(1, 2)  # [O, M, g * g, C] -> [O, M * g * g, C]
         k = torch.cat([map_k, attn.k_proj(pointer_keys)], 1)  # [O, K, C]
-        x = x + attn.attend(rotate(attn.q_proj(normal), cos, sin), k, attn.v_proj(values))
+        q, values = rotate(attn.q_proj(normal), cos, sin), values.to(attn.v_proj.weight.dtype)
+        # Weights of a softmax sum to one: values may be mixed first, while they are narrow, and projected then.
+        q, k, values = (split_heads(x, attn.heads) for x in (q, k, values))  # [O, S, C] -> [O, 1, S, C]
+        mixed = attention(q, k, values, None)  # -> [O, 1, g * g, memory_width]
+        x = x + attn.out_proj(attn.v_proj(mixed[:, 0]))
 
         out: Tensor = x + self.linear2(F.relu(self.linear1(self.norm3(x))))
         return out

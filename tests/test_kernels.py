@@ -1,0 +1,67 @@
+"""Our GPU kernels in Triton's interpreter, against plain torch: the arithmetic, not the speed or what a GPU makes of it."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+kernels = pytest.importorskip("export.models.kernels", reason="Triton is there on Linux alone", exc_type=ImportError)
+
+from export.models.hiera import join_windows, split_windows  # noqa: E402
+from export.models.layers import split_heads  # noqa: E402
+
+ROUNDING = 2e-5
+"""Float32 sums in another order."""
+
+
+@pytest.mark.parametrize(
+    ("count", "grid", "window", "heads", "head"),
+    [(1, 16, 8, 2, 72), (2, 16, 4, 4, 72), (2, 8, 2, 3, 16), (1, 16, 8, 2, 8), (3, 16, 1, 1, 32)],
+    ids=["a_window", "several_windows", "power_of_two", "narrow_head", "single_cells"],
+)
+def test_window_attention_equals_attention_of_every_window(count, grid, window, heads, head):
+    torch.manual_seed(0)
+    qkv = torch.randn(count, grid, grid, 3 * heads * head)
+    assert kernels.takes_windows(grid, window)
+    q, k, v = (split_heads(x, heads) for x in split_windows(qkv, window).flatten(1, 2).chunk(3, -1))
+    expected = join_windows(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), window, grid)
+    torch.testing.assert_close(kernels.window_attention(qkv, heads, window), expected, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize(("grid", "window"), [(16, 16), (14, 8), (4, 2), (16, 3)])
+def test_windows_that_fill_no_program_are_left_to_others(grid, window):
+    assert not kernels.takes_windows(grid, window)
+
+
+@pytest.mark.parametrize("width", [300, 1024, 2500])
+def test_row_product_equals_a_linear_layer(width):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 1, width), torch.randn(48, width) / width**0.5
+    torch.testing.assert_close(kernels.row_product(x, weight), F.linear(x, weight), atol=ROUNDING, rtol=0)
+    gate, up = F.linear(x, weight).chunk(2, -1)
+    torch.testing.assert_close(kernels.row_product(x, weight, gated=True), F.silu(gate) * up, atol=ROUNDING, rtol=0)
+
+
+def test_row_product_rounds_as_the_layers_between_would():
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 1, 64), torch.randn(256, 64).half()  # the interpreter cuts bfloat16 off instead of rounding
+    gate, up = F.linear(x.half(), weight).chunk(2, -1)
+    got = kernels.row_product(x, weight, gated=True)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got, F.silu(gate) * up, atol=0, rtol=2**-9)  # a sum that crosses a rounding boundary, times two
+
+
+@pytest.mark.parametrize("slots", [40, 700])
+def test_ring_attention_equals_attention_over_the_slots_in_sight(slots):
+    """Of the first answers of a larger cache; some blocks of slots hold nothing that may be seen."""
+    torch.manual_seed(0)
+    count, heads, head = 3, 2, 24
+    keys, values = (torch.randn(2, 4, heads, slots, head)[1, :count] for _ in range(2))
+    q, visible = torch.randn(count, heads, 1, head), torch.rand(count, 1, 1, slots) > 0.3
+    visible[0, ..., 1:] = False
+    visible[..., 64:600] = False
+    visible[..., 0] = True
+    expected = F.scaled_dot_product_attention(q, keys, values, visible)
+    torch.testing.assert_close(kernels.ring_attention(q, keys, values, visible), expected, atol=ROUNDING, rtol=0)
