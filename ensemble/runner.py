@@ -142,6 +142,9 @@ class Device(Protocol):
     def host(self, array: DeviceArray) -> Array:
         """NumPy; waits until it is computed."""
 
+    def hosts(self, arrays: Mapping[str, DeviceArray]) -> Arrays:
+        """Several as `host`, with one wait."""
+
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:
         """Yields what tells, once results are on the host, the seconds that the device was busy inside."""
@@ -179,6 +182,9 @@ class Host:
 
     def host(self, array: Array) -> Array:
         return array
+
+    def hosts(self, arrays: Mapping[str, Array]) -> Arrays:
+        return dict(arrays)
 
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:

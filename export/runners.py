@@ -188,10 +188,19 @@ class TorchDevice:
         return graph.run_tensors({name: self.put(array) for name, array in inputs.items()})
 
     def host(self, array: Array | Tensor) -> Array:
+        return self.hosts({"array": array})["array"]
+
+    def hosts(self, arrays: Mapping[str, Array | Tensor]) -> Arrays:
         """Floats as float32, whatever they were computed in."""
-        if isinstance(array, np.ndarray):
-            return array
-        return np.asarray((array.float() if array.is_floating_point() else array).cpu().numpy())
+
+        def sent(array: Array | Tensor) -> Array | Tensor:
+            if isinstance(array, np.ndarray):
+                return array
+            return (array.float() if array.is_floating_point() else array).to("cpu", non_blocking=True)
+
+        there = {name: sent(array) for name, array in arrays.items()}
+        self.wait()
+        return {name: np.asarray(array) for name, array in there.items()}
 
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:
@@ -239,30 +248,31 @@ class TensorGraph:
     """A graph that takes and returns tensors on this process's device; on a GPU it is captured.
 
     Args:
-        component: its name.
-        config: sizes.
+        contract: of the graph, or of what several compute together.
         call: takes the tensors of the contract's inputs in order, and returns those of its outputs.
     """
 
-    def __init__(self, component: str, config: ModelConfig, call: Call) -> None:
+    def __init__(self, contract: Component, call: Call) -> None:
         from .models import graph_class
-
-        contract = components(config)[component]
-        self._inputs = [spec.name for spec in contract.inputs]
-        self._outputs = [spec.name for spec in contract.outputs]
-        self._device, self.call = TorchDevice(), call
-        self._captured = Captured(call) if self._device.on_gpu and graph_class(component).capturable else call
-
-    def run(self, inputs: Arrays) -> Arrays:
-        return {name: self._device.host(tensor) for name, tensor in self._device.run(self, inputs).items()}
-
-    def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs and outputs on the device; floats as float32."""
         from .models.layers import several
 
-        tensors = zip(self._outputs, several(self._captured(*(inputs[name] for name in self._inputs))), strict=True)
-        # Other processes take what is in C order alone.
-        return {name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous() for name, tensor in tensors}
+        def cast(*tensors: Tensor) -> list[Tensor]:
+            # Other processes take what is in C order alone.
+            return [(tensor.float() if tensor.is_floating_point() else tensor).contiguous() for tensor in several(call(*tensors))]
+
+        self._inputs = [spec.name for spec in contract.inputs]
+        self._outputs = [spec.name for spec in contract.outputs]
+        self._device, self._call = TorchDevice(), cast
+        capturable = all(graph_class(name).capturable for name in contract.parts or [contract.name])
+        self._captured = Captured(cast) if self._device.on_gpu and capturable else cast
+
+    def run(self, inputs: Arrays) -> Arrays:
+        return self._device.hosts(self._device.run(self, inputs))
+
+    def run_tensors(self, inputs: Mapping[str, Tensor], captured: bool = True) -> dict[str, Tensor]:
+        """Inputs and outputs on the device; floats as float32. What is captured itself asks for no captured launch."""
+        call = self._captured if captured else self._call
+        return dict(zip(self._outputs, call(*(inputs[name] for name in self._inputs)), strict=True))
 
 
 class TorchGraph(TensorGraph):
@@ -282,7 +292,7 @@ class TorchGraph(TensorGraph):
                 outputs: Tensor | Sequence[Tensor] = place.module(*tensors)
                 return outputs
 
-        super().__init__(component, module.config, call)
+        super().__init__(components(module.config)[component], call)
 
 
 class AotiGraph(TensorGraph):
@@ -300,7 +310,7 @@ class AotiGraph(TensorGraph):
         call = load_package(path)
         if size := graph_class(component).alone:
             call = choose(component, config, size, load_package(alone_package(path)), call)
-        super().__init__(component, config, call)
+        super().__init__(components(config)[component], call)
 
 
 def choose(component: str, config: ModelConfig, size: str, alone: Call, others: Call) -> Call:
@@ -369,7 +379,7 @@ class CompiledSteps(TensorGraph):
                     outputs = module.decode_(embeddings, positions, keys, values, layers.decode if length == 1 else None)
             return *outputs, keys, values
 
-        super().__init__("language_decoder", module.config, call)
+        super().__init__(components(module.config)["language_decoder"], call)
 
 
 class DecoderEnds:
@@ -494,13 +504,11 @@ class TorchDecoder(DecoderEnds):
 
     def _run(self, token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """One more token [n] behind each of the first n answers, of their lengths [n]: logits [n, V] and final-norm states [n, H]."""
-        from .models.layers import several
-
         assert isinstance(self._embedder, TensorGraph)
-        (embeddings,) = several(self._embedder.call(token_ids))
+        embeddings = self._embedder.run_tensors({"token_ids": token_ids}, captured=False)["token_embeddings"]
         caches = self._keys[:, : len(lengths)], self._values[:, : len(lengths)]
         with self._place.inference():
-            return self._decoder.decode_(embeddings.float()[:, None], lengths[:, None], *caches, self._layers.decode)
+            return self._decoder.decode_(embeddings[:, None], lengths[:, None], *caches, self._layers.decode)
 
     def _reserve(self, slots: int, positions: int) -> None:
         """Lets the cache grow to as many answers and positions as there ever were at once; on a GPU an answer has all of its positions."""
