@@ -18,7 +18,7 @@ from ensemble import settings
 from ensemble.components import components
 from ensemble.config import ModelConfig
 from ensemble.generation import Decoder
-from ensemble.runner import Device, Graph, Host
+from ensemble.runner import Composition, Device, Graph, Host
 from ensemble.tensors import Array, Arrays, Component
 
 from .capture import Captured
@@ -156,12 +156,14 @@ class TorchDevice:
     def put(self, array: Array | Tensor) -> Tensor:
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.name) if isinstance(array, np.ndarray) else array
+        # The array has been read when this returns, if not yet copied: to wait for the device would be in vain.
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.name, non_blocking=True) if isinstance(array, np.ndarray) else array
 
     def stack(self, arrays: Sequence[Tensor]) -> Tensor:
         import torch
 
-        return torch.stack([self.put(array) for array in arrays]).float()
+        first, *others = map(self.put, arrays)
+        return (torch.stack([first, *others]) if others else first[None]).float()
 
     def join(self, arrays: Sequence[Array | Tensor]) -> Tensor:
         import torch
@@ -183,9 +185,26 @@ class TorchDevice:
         if self.on_gpu:
             torch.cuda.current_stream().synchronize()
 
+    def where(self, condition: Tensor, array: Tensor, value: float) -> Tensor:
+        import torch
+
+        return torch.where(condition, array, value)
+
     def run(self, graph: Graph, inputs: Mapping[str, Array | Tensor]) -> dict[str, Tensor]:
         assert isinstance(graph, TensorGraph)
         return graph.run_tensors({name: self.put(array) for name, array in inputs.items()})
+
+    def compose(self, contract: Component, composition: Composition, graphs: Mapping[str, Graph]) -> TensorGraph:
+        def run(component: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            graph = graphs[component]
+            assert isinstance(graph, TensorGraph)
+            return graph.run_tensors(inputs, captured=False)
+
+        def call(*tensors: Tensor) -> list[Tensor]:
+            outputs = composition(run, {spec.name: tensor for spec, tensor in zip(contract.inputs, tensors, strict=True)})
+            return [outputs[spec.name] for spec in contract.outputs]
+
+        return TensorGraph(contract, call)
 
     def host(self, array: Array | Tensor) -> Array:
         return self.hosts({"array": array})["array"]
