@@ -46,6 +46,9 @@ POSITIONS_STEP = 512
 CAPTURED_BATCHES = (4, 2, 1)
 """Frames or objects of the calls that are captured at the start; others are when they come."""
 
+COMPOSED = ("memory_attention",)
+"""Graphs that run as part of a composition alone, which is warmed up whole."""
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 INDUCTOR = {"triton.coalesce_tiling_analysis": False}
 """Options of torch's compiler: on a GPU the analysis of memory accesses fails on the strided cells of the CLIP grid (torch 2.11)."""
@@ -581,8 +584,8 @@ def load_graph(engine: Engine, path: Path, component: str, config: ModelConfig) 
 
 
 def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str], config: ModelConfig) -> dict[str, Graph]:
-    """Several components' graphs, as `open_graph`, with the weights that they share held once; each is warmed up, so that the first request
-    need not wait for it.
+    """Several components' graphs, as `open_graph`, with the weights that they share held once; each that is called on its own is warmed up,
+    so that the first request need not wait for it.
     """
     engines = {name: Engine.from_parameters(parameters).of(name) for name in names}
     modules = {
@@ -596,7 +599,8 @@ def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str
         for name, engine in engines.items()
     }
     for name, graph in graphs.items():
-        warm_up(graph, components(config)[name])
+        if name not in COMPOSED:
+            warm_up(graph, components(config)[name])
     return graphs
 
 

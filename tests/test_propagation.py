@@ -13,7 +13,7 @@ from ensemble.decoding import Propagation
 from ensemble.runner import Host, SequenceRequest
 from ensemble.tracker import Tracker
 from export import runners
-from export.runners import TorchDevice, TorchGraph
+from export.runners import TorchDevice, TorchGraph, open_graphs, warm_up
 
 SAM2, CONTRACTS, CONTRACT = TINY.sam2, components(TINY), propagation(TINY)
 PARTS = CONTRACTS["tracker"].parts
@@ -194,3 +194,25 @@ def test_frame_of_objects_that_go_on_is_one_launch_two_small_copies_and_one_wait
         if frame_idx > 3:  # nobody starts, and what is the same on every frame is there
             assert gpu.sent == [("int64", (count, slots)) for count, age in ages for slots in (min(age, 7), age)]
             assert gpu.waits == len(ages)
+
+
+def test_no_frame_waits_for_a_capture_after_warming_up(graphs, gpu, monkeypatch):
+    monkeypatch.setattr(runners, "torch_device", lambda: "cuda")
+    tracker = Tracker(TINY, graphs, gpu)
+    warm_up(tracker.propagation, CONTRACT)
+    captured = tracker.propagation._captured
+    assert sorted(captured.launches) == sorted([0, 1] * len(captured.known))
+    captured.launches.clear()
+    for session_id, num_objects in ((1, 1), (2, 2), (4, 4)):
+        for frame_idx in range(18):
+            tracker.step([request(session_id, frame_idx, num_objects)])
+            if num_objects == 1 or frame_idx > 15:
+                assert not frame_idx or captured.launches[-1] >= 2
+
+
+def test_graphs_that_are_only_composed_are_not_warmed_up_alone(repository, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(runners, "warm_up", lambda graph, contract: warmed.append(contract.name))
+    graphs = open_graphs({}, repository / "tracker" / "1", PARTS, TINY)
+    assert set(graphs) == set(PARTS)
+    assert warmed == [part for part in PARTS if part != "memory_attention"]
