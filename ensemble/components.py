@@ -68,6 +68,20 @@ TRACKING = (
 RECURRENT = Tolerance(2e-3, "softmax over thousands of keys amplifies float32 summation order")
 
 
+def propagation(config: ModelConfig) -> Component:
+    """The contract of what `decoding.Propagation` makes of three graphs; it is not exported."""
+    contracts, parts = components(config), ("memory_attention", "mask_decoder", "memory_encoder")
+    attention, decoder, encoder = (contracts[part] for part in parts)
+    logits, *others = decoder.outputs
+    return Component(
+        "propagation",
+        "The next frame of tracked objects: their masks, and what later frames remember of it (spec 7.3-7.5).",
+        (*attention.inputs, *(decoder.input(name) for name in ("high_res_1", "high_res_0"))),
+        (replace(logits, doc="> 0 is the object; gated by object_scores"), *others, *encoder.outputs),
+        parts=parts,
+    )
+
+
 def components(config: ModelConfig) -> dict[str, Component]:
     """The contracts at one size of the model, by name, in dataflow order."""
     context, video, language, sam2, proposer = config.context, config.video, config.language, config.sam2, config.proposer

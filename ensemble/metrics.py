@@ -72,9 +72,9 @@ STEP_OBJECTS = Metric(
 STAGE = Metric(
     "sparrow_track_stage_seconds_total",
     "counter",
-    "Time per stage: objects that start, memory attention, mask decoder, memory encoder (of the device); responses (of the host).",
+    "Time per stage: objects that start, objects that go on (of the device); responses (of the host).",
     "stage",
-    ("start", "attend", "decode", "remember", "respond"),
+    ("start", "track", "respond"),
 )
 
 TRACK_METRICS = (SESSIONS, OBJECTS, MEMORY, CLOSED, FRAMES, REFUSED, LIMITED, STEP_FRAMES, STEP_OBJECTS, STAGE)

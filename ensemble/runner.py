@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .errors import SparrowError
-from .tensors import Array, Arrays
+from .tensors import Array, Arrays, Component
 
 Parameters = Mapping[str, Any]
 
@@ -107,6 +107,13 @@ class Graph(Protocol):
 DeviceArray = Any
 """An array where a device keeps it: NumPy's or a torch tensor. Code for both only indexes it and hands it to graphs."""
 
+Run = Callable[[str, dict[str, DeviceArray]], dict[str, DeviceArray]]
+"""Calls a component by its name: inputs to outputs."""
+
+Composition = Callable[[Run, Mapping[str, DeviceArray]], dict[str, DeviceArray]]
+"""What several graphs do in turn: inputs to outputs. A GPU captures its second call of a shape, in which nothing can come from the host:
+what it needs besides its inputs stays on the device from the first."""
+
 
 class Device(Protocol):
     """Where graphs run and memories stay."""
@@ -136,11 +143,20 @@ class Device(Protocol):
     def wait(self) -> None:
         """Returns when all that was computed is there, for another process to read."""
 
+    def where(self, condition: DeviceArray, array: DeviceArray, value: float) -> DeviceArray:
+        """An array where a condition, which is broadcast, holds; a value elsewhere."""
+
     def run(self, graph: Graph, inputs: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
         """`Graph.run` without leaving the device."""
 
+    def compose(self, contract: Component, composition: Composition, graphs: Mapping[str, Graph]) -> Graph:
+        """Several graphs as one, which a GPU launches at once."""
+
     def host(self, array: DeviceArray) -> Array:
         """NumPy; waits until it is computed."""
+
+    def hosts(self, arrays: Mapping[str, DeviceArray]) -> Arrays:
+        """Several as `host`, with one wait."""
 
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:
@@ -174,17 +190,37 @@ class Host:
     def wait(self) -> None:
         pass
 
+    def where(self, condition: Array, array: Array, value: float) -> Array:
+        return np.where(condition, array, array.dtype.type(value))
+
     def run(self, graph: Graph, inputs: Mapping[str, Array]) -> Arrays:
         return graph.run(dict(inputs))
 
+    def compose(self, contract: Component, composition: Composition, graphs: Mapping[str, Graph]) -> Graph:
+        return Composed(composition, graphs)
+
     def host(self, array: Array) -> Array:
         return array
+
+    def hosts(self, arrays: Mapping[str, Array]) -> Arrays:
+        return dict(arrays)
 
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:
         start = stop = time.perf_counter()
         yield lambda: stop - start
         stop = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Several graphs as one, called in turn; arguments as of `Device.compose`."""
+
+    composition: Composition
+    graphs: Mapping[str, Graph]
+
+    def run(self, inputs: Arrays) -> Arrays:
+        return self.composition(lambda component, own: self.graphs[component].run(own), inputs)
 
 
 class LocalRunner:

@@ -1,8 +1,7 @@
 """Tracking sessions: one step takes the next frame of several sessions and returns their masks (spec 7).
 
-request ─► edits ─┬─ objects that start: their prompts, turn by turn ─► mask_decoder ─────┐
-                  └─ the others: memory bank ─► memory_attention ─► mask_decoder ─────────┼─► memory_encoder ─► memory bank
-                                                                                          └─► masks at the frame's size
+request ─► edits ─┬─ objects that start: their prompts, turn by turn ─► mask_decoder ─► memory_encoder ─────────┬─► memory bank
+                  └─ the others: memory bank ─► memory_attention ─► mask_decoder ─► memory_encoder, as one call ┴─► masks of the frame
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from . import masks, metrics, settings
-from .components import components
+from .components import components, propagation
 from .config import ModelConfig
-from .decoding import TRACKED, Prompt, decode_masks, gate, gated
+from .decoding import TRACKED, Prompt, Propagation, decode_masks, gated
 from .errors import Cancelled, CapacityExceeded, InvalidInput, SparrowError, known
 from .memory import MemoryBank, bank_bytes
 from .options import TrackOptions
@@ -140,6 +139,10 @@ class Tracker:
     ) -> None:
         self._config, self._graphs, self._device = config, graphs, device or Host()
         self._limits = limits or Limits()
+        self.propagation = self._device.compose(propagation(config), Propagation(config.sam2, self._device), graphs)
+        """Takes objects that go on to their next frame."""
+        self._one_each = cache(lambda count: self._device.put(np.arange(count)))
+        """Number of objects to the frame of each, where every object brings its own."""
         self.metrics = metrics.Metrics()
         self._contract = components(config)["tracker"]
         self._bank_bytes = bank_bytes(config.sam2, self._device)
@@ -304,69 +307,58 @@ class Tracker:
 
     def _decode(self, chunk: list[Target], features: Mapping[str, DeviceArray]) -> list[Decoded]:
         """A chunk's masks and memories: its objects all start, or have memories of one age."""
-        object_frame = np.array([target.frame for target in chunk], np.int64)
+        object_frame: DeviceArray = np.array([target.frame for target in chunk], np.int64)
         if self._device.on_gpu and len(chunk) <= settings.MAX_FRAME_BATCH:  # one shape, captured once, whatever frames the objects are on
-            chosen = self._device.put(object_frame)
-            features, object_frame = {name: array[chosen] for name, array in features.items()}, np.arange(len(chunk))
+            features = {name: self._device.stack([array[target.frame] for target in chunk]) for name, array in features.items()}
+            object_frame = self._one_each(len(chunk))
         starts = chunk[0].bank is None
-        outputs = self._start(chunk, object_frame, features) if starts else self._continue(chunk, object_frame, features)
-        with self._stage("remember"):
-            maps = self._run(
-                "memory_encoder",
-                {
-                    "frame_embeddings": features["frame_embeddings"],
-                    "object_frame": object_frame,
-                    "mask_logits": self._device.put(outputs["mask_logits"]),
-                    "prompted": np.full(len(chunk), starts),
-                    "object_scores": outputs["object_scores"],
-                },
-            )["memory_maps"]
-        ious, scores = (self._device.host(outputs[name]) for name in ("predicted_iou", "object_scores"))
-        logits = gate(self._device.host(outputs["mask_logits"]), scores)
-        pointers = self._device.put(outputs["object_pointers"])
-        return [Decoded(logits[i], ious[i], scores[i], maps[i], pointers[i]) for i in range(len(chunk))]
+        with self._stage("start" if starts else "track"):
+            outputs = self._start(chunk, object_frame, features) if starts else self._continue(chunk, object_frame, features)
+        seen = self._device.hosts({name: outputs[name] for name in ("mask_logits", "predicted_iou", "object_scores")})
+        kept = {name: self._device.put(outputs[name]) for name in ("memory_maps", "object_pointers")}
+        return [Decoded(*rows) for rows in zip(*seen.values(), *kept.values(), strict=True)]
 
-    def _continue(self, chunk: list[Target], object_frame: Array, features: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
-        """Condition on each object's memories, decode without a prompt (spec 7.5)."""
+    def _continue(self, chunk: list[Target], object_frame: DeviceArray, features: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
+        """Condition on each object's memories, decode without a prompt, remember (spec 7.5)."""
         banks = [target.bank for target in chunk if target.bank is not None]
-        with self._stage("attend"):
-            conditioned = self._run(
-                "memory_attention",
-                {
-                    "frame_embeddings": features["frame_embeddings"],
-                    "object_frame": object_frame,
-                    "memory_maps": self._device.stack([bank.maps for bank in banks]),
-                    "memory_rows": np.stack([bank.rows for bank in banks]),
-                    "object_pointers": self._device.stack([bank.pointers for bank in banks]),
-                    "pointer_distances": np.stack([bank.pointer_distances for bank in banks]),
-                },
-            )["conditioned_embeddings"]
-        with self._stage("decode"):
-            prompts = [Prompt(TRACKED, multimask=True, remembers=True)] * len(chunk)
-            return decode_masks(self._run, features, prompts, object_frame, conditioned, self._device)
+        inputs = {
+            **features,
+            "object_frame": object_frame,
+            "memory_maps": self._device.stack([bank.maps for bank in banks]),
+            "memory_rows": np.stack([bank.rows for bank in banks]),
+            "object_pointers": self._device.stack([bank.pointers for bank in banks]),
+            "pointer_distances": np.stack([bank.pointer_distances for bank in banks]),
+        }
+        return self._device.run(self.propagation, inputs)
 
-    def _start(self, chunk: list[Target], object_frame: Array, features: Mapping[str, DeviceArray]) -> Arrays:
+    def _start(self, chunk: list[Target], object_frame: DeviceArray, features: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
         """The prompts of each object in turn, all but the first with the mask so far (spec 7.3 A, B); a drawn mask is the result itself."""
         state: Arrays = {}
-        with self._stage("start"):
-            drawn = {i: t.start.mask for i, t in enumerate(chunk) if t.start is not None and t.start.mask is not None}
-            turns = [[] if target.start is None else target.start.turns(self._config.sam2) for target in chunk]
-            for index, prompt in zip(drawn, self._mask_prompts(list(drawn.values())), strict=True):
-                turns[index] = [prompt]
-            for turn in range(max(map(len, turns))):
-                waiting = [index for index, own in enumerate(turns) if turn < len(own)]
-                for chosen in buckets(waiting):
-                    prompts = [turns[index][turn] for index in chosen]
-                    if turn:
-                        bound = settings.MASK_PROMPT_CLAMP
-                        earlier = np.clip(state["mask_logits"][chosen], -bound, bound)
-                        prompts = [replace(prompt, mask=mask) for prompt, mask in zip(prompts, earlier, strict=True)]
-                    decoded = decode_masks(self._run, features, prompts, object_frame[chosen], device=self._device)
-                    state = scatter(state, gated({name: self._device.host(array) for name, array in decoded.items()}), chosen, len(chunk))
-            for index, mask in drawn.items():  # the decoder only gave the pointer
-                state["mask_logits"][index] = masks.drawn_logits(mask, self._config.sam2.low_res)
-                state["predicted_iou"][index], state["object_scores"][index] = 1, settings.DRAWN_MASK_LOGIT
-        return state
+        drawn = {i: t.start.mask for i, t in enumerate(chunk) if t.start is not None and t.start.mask is not None}
+        turns = [[] if target.start is None else target.start.turns(self._config.sam2) for target in chunk]
+        for index, prompt in zip(drawn, self._mask_prompts(list(drawn.values())), strict=True):
+            turns[index] = [prompt]
+        for turn in range(max(map(len, turns))):
+            waiting = [index for index, own in enumerate(turns) if turn < len(own)]
+            for chosen in buckets(waiting):
+                prompts = [turns[index][turn] for index in chosen]
+                if turn:
+                    bound = settings.MASK_PROMPT_CLAMP
+                    earlier = np.clip(state["mask_logits"][chosen], -bound, bound)
+                    prompts = [replace(prompt, mask=mask) for prompt, mask in zip(prompts, earlier, strict=True)]
+                decoded = decode_masks(self._run, features, prompts, object_frame[chosen], self._device)
+                state = scatter(state, self._device.hosts(gated(decoded, self._device)), chosen, len(chunk))
+        for index, mask in drawn.items():  # the decoder only gave the pointer
+            state["mask_logits"][index] = masks.drawn_logits(mask, self._config.sam2.low_res)
+            state["predicted_iou"][index], state["object_scores"][index] = 1, settings.DRAWN_MASK_LOGIT
+        remembered = {
+            "frame_embeddings": features["frame_embeddings"],
+            "object_frame": object_frame,
+            "mask_logits": state["mask_logits"],
+            "prompted": np.full(len(chunk), True),
+            "object_scores": state["object_scores"],
+        }
+        return {**state, **self._run("memory_encoder", remembered)}
 
     def _mask_prompts(self, drawn: list[Array]) -> list[Prompt]:
         """What tells the mask decoder of masks that the caller drew; the embedding is the frame's own (sam2_base.py track_step)."""

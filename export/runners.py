@@ -18,7 +18,7 @@ from ensemble import settings
 from ensemble.components import components
 from ensemble.config import ModelConfig
 from ensemble.generation import Decoder, Outlook
-from ensemble.runner import Device, Graph, Host
+from ensemble.runner import Composition, Device, Graph, Host
 from ensemble.tensors import Array, Arrays, Component
 
 from .capture import Captured
@@ -45,6 +45,9 @@ POSITIONS_STEP = 512
 
 CAPTURED_BATCHES = (4, 2, 1)
 """Frames or objects of the calls that are captured at the start; others are when they come."""
+
+COMPOSED = ("memory_attention",)
+"""Graphs that run as part of a composition alone, which is warmed up whole."""
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 INDUCTOR = {"triton.coalesce_tiling_analysis": False}
@@ -156,12 +159,14 @@ class TorchDevice:
     def put(self, array: Array | Tensor) -> Tensor:
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.name) if isinstance(array, np.ndarray) else array
+        # The array has been read when this returns, if not yet copied: to wait for the device would be in vain.
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.name, non_blocking=True) if isinstance(array, np.ndarray) else array
 
     def stack(self, arrays: Sequence[Tensor]) -> Tensor:
         import torch
 
-        return torch.stack([self.put(array) for array in arrays]).float()
+        first, *others = map(self.put, arrays)
+        return (torch.stack([first, *others]) if others else first[None]).float()
 
     def join(self, arrays: Sequence[Array | Tensor]) -> Tensor:
         import torch
@@ -183,15 +188,41 @@ class TorchDevice:
         if self.on_gpu:
             torch.cuda.current_stream().synchronize()
 
+    def where(self, condition: Tensor, array: Tensor, value: float) -> Tensor:
+        import torch
+
+        return torch.where(condition, array, value)
+
     def run(self, graph: Graph, inputs: Mapping[str, Array | Tensor]) -> dict[str, Tensor]:
         assert isinstance(graph, TensorGraph)
         return graph.run_tensors({name: self.put(array) for name, array in inputs.items()})
 
+    def compose(self, contract: Component, composition: Composition, graphs: Mapping[str, Graph]) -> TensorGraph:
+        def run(component: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            graph = graphs[component]
+            assert isinstance(graph, TensorGraph)
+            return graph.run_tensors(inputs, captured=False)
+
+        def call(*tensors: Tensor) -> list[Tensor]:
+            outputs = composition(run, {spec.name: tensor for spec, tensor in zip(contract.inputs, tensors, strict=True)})
+            return [outputs[spec.name] for spec in contract.outputs]
+
+        return TensorGraph(contract, call)
+
     def host(self, array: Array | Tensor) -> Array:
+        return self.hosts({"array": array})["array"]
+
+    def hosts(self, arrays: Mapping[str, Array | Tensor]) -> Arrays:
         """Floats as float32, whatever they were computed in."""
-        if isinstance(array, np.ndarray):
-            return array
-        return np.asarray((array.float() if array.is_floating_point() else array).cpu().numpy())
+
+        def sent(array: Array | Tensor) -> Array | Tensor:
+            if isinstance(array, np.ndarray):
+                return array
+            return (array.float() if array.is_floating_point() else array).to("cpu", non_blocking=True)
+
+        there = {name: sent(array) for name, array in arrays.items()}
+        self.wait()
+        return {name: np.asarray(array) for name, array in there.items()}
 
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:
@@ -239,30 +270,31 @@ class TensorGraph:
     """A graph that takes and returns tensors on this process's device; on a GPU it is captured.
 
     Args:
-        component: its name.
-        config: sizes.
+        contract: of the graph, or of what several compute together.
         call: takes the tensors of the contract's inputs in order, and returns those of its outputs.
     """
 
-    def __init__(self, component: str, config: ModelConfig, call: Call) -> None:
+    def __init__(self, contract: Component, call: Call) -> None:
         from .models import graph_class
-
-        contract = components(config)[component]
-        self._inputs = [spec.name for spec in contract.inputs]
-        self._outputs = [spec.name for spec in contract.outputs]
-        self._device, self.call = TorchDevice(), call
-        self._captured = Captured(call) if self._device.on_gpu and graph_class(component).capturable else call
-
-    def run(self, inputs: Arrays) -> Arrays:
-        return {name: self._device.host(tensor) for name, tensor in self._device.run(self, inputs).items()}
-
-    def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs and outputs on the device; floats as float32."""
         from .models.layers import several
 
-        tensors = zip(self._outputs, several(self._captured(*(inputs[name] for name in self._inputs))), strict=True)
-        # Other processes take what is in C order alone.
-        return {name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous() for name, tensor in tensors}
+        def cast(*tensors: Tensor) -> list[Tensor]:
+            # Other processes take what is in C order alone.
+            return [(tensor.float() if tensor.is_floating_point() else tensor).contiguous() for tensor in several(call(*tensors))]
+
+        self._inputs = [spec.name for spec in contract.inputs]
+        self._outputs = [spec.name for spec in contract.outputs]
+        self._device, self._call = TorchDevice(), cast
+        capturable = all(graph_class(name).capturable for name in contract.parts or [contract.name])
+        self._captured = Captured(cast) if self._device.on_gpu and capturable else cast
+
+    def run(self, inputs: Arrays) -> Arrays:
+        return self._device.hosts(self._device.run(self, inputs))
+
+    def run_tensors(self, inputs: Mapping[str, Tensor], captured: bool = True) -> dict[str, Tensor]:
+        """Inputs and outputs on the device; floats as float32. What is captured itself asks for no captured launch."""
+        call = self._captured if captured else self._call
+        return dict(zip(self._outputs, call(*(inputs[name] for name in self._inputs)), strict=True))
 
 
 class TorchGraph(TensorGraph):
@@ -282,7 +314,7 @@ class TorchGraph(TensorGraph):
                 outputs: Tensor | Sequence[Tensor] = place.module(*tensors)
                 return outputs
 
-        super().__init__(component, module.config, call)
+        super().__init__(components(module.config)[component], call)
 
 
 class AotiGraph(TensorGraph):
@@ -302,7 +334,7 @@ class AotiGraph(TensorGraph):
             axes = components(config)[component].dynamic_axes().values()
             place, axis = next((place, axis) for place, names in enumerate(axes) for axis, name in names.items() if name == size)
             call = choose(load_package(alone_package(path)), call, place, axis)
-        super().__init__(component, config, call)
+        super().__init__(components(config)[component], call)
 
 
 def choose(alone: Call, others: Call, place: int = 0, axis: int = 0) -> Call:
@@ -372,7 +404,7 @@ class CompiledSteps(TensorGraph):
                     outputs = module.decode_(embeddings, positions, keys, values, layers.decode if length == 1 else None)
             return *outputs, keys, values
 
-        super().__init__("language_decoder", module.config, call)
+        super().__init__(components(module.config)["language_decoder"], call)
 
 
 class GraphDecoder:
@@ -485,27 +517,24 @@ class TorchDecoder:
 
     def _run(self, token_ids: Tensor, lengths: Tensor) -> Sequence[Tensor]:
         """One more token [n] behind each of the first n answers, of their lengths [n]; as `_behind`."""
-        from .models.layers import several
-
         assert isinstance(self._embedder, TensorGraph)
-        (embeddings,) = several(self._embedder.call(token_ids))
+        embeddings = self._embedder.run_tensors({"token_ids": token_ids}, captured=False)["token_embeddings"]
         caches = self._keys[:, : len(lengths)], self._values[:, : len(lengths)]
         with self._place.inference():
-            return self._behind(*self._decoder.decode_(embeddings.float()[:, None], lengths[:, None], *caches, self._layers.decode))
+            return self._behind(*self._decoder.decode_(embeddings[:, None], lengths[:, None], *caches, self._layers.decode))
 
     def _behind(self, logits: Tensor, states: Tensor) -> Sequence[Tensor]:
         """The tensors of an `Outlook`: what the host asks for is computed on the device, and little enough to copy for every token."""
-        from .models.layers import several
-
         assert isinstance(self._projector, TensorGraph)
         states = states.float()
-        return logits.argmax(1), states, *several(self._projector.call(states)), logits
+        projected = self._projector.run_tensors({"final_states": states}, captured=False)
+        return logits.argmax(1), states, projected["prompt_embeddings"], logits
 
     def _outlook(self, tensors: Sequence[Tensor], rows: list[int]) -> Outlook:
         """Of some rows of what `_behind` has computed."""
-        host = self._place.device.host
-        likeliest, states, prompt_embeddings = (host(tensor)[rows] for tensor in tensors[:3])
-        return Outlook(likeliest, states, prompt_embeddings, lambda row: host(tensors[3][rows[row]]))
+        device = self._place.device
+        few = device.hosts(dict(zip(("likeliest", "states", "prompt_embeddings"), tensors, strict=False)))
+        return Outlook(**{name: array[rows] for name, array in few.items()}, logits=lambda row: device.host(tensors[3][rows[row]]))
 
     def _reserve(self, slots: int, positions: int) -> None:
         """Lets the cache grow to as many answers and positions as there ever were at once; on a GPU an answer has all of its positions."""
@@ -559,8 +588,8 @@ def load_graph(engine: Engine, path: Path, component: str, config: ModelConfig) 
 
 
 def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str], config: ModelConfig) -> dict[str, Graph]:
-    """Several components' graphs, as `open_graph`, with the weights that they share held once; each is warmed up, so that the first request
-    need not wait for it.
+    """Several components' graphs, as `open_graph`, with the weights that they share held once; each that is called on its own is warmed up,
+    so that the first request need not wait for it.
     """
     engines = {name: Engine.from_parameters(parameters).of(name) for name in names}
     modules = {
@@ -574,7 +603,8 @@ def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str
         for name, engine in engines.items()
     }
     for name, graph in graphs.items():
-        warm_up(graph, components(config)[name])
+        if name not in COMPOSED:
+            warm_up(graph, components(config)[name])
     return graphs
 
 

@@ -89,4 +89,4 @@ class TensorRtGraph(TensorGraph):
                 plan.enqueue(addresses, torch.cuda.current_stream().cuda_stream)
             return [made[spec.name] for spec in contract.outputs]
 
-        super().__init__(component, config, call)
+        super().__init__(contract, call)

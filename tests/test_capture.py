@@ -2,15 +2,15 @@
 
 import pytest
 
-from ensemble.components import components
+from ensemble.components import components, propagation
 from ensemble.config import FULL
 from export.models import MODULES
 from export.runners import capture_sizes
 
-CONTRACTS = components(FULL)
+CONTRACTS = components(FULL) | {"propagation": propagation(FULL)}
 
 
-@pytest.mark.parametrize("component", MODULES)
+@pytest.mark.parametrize("component", [*MODULES, "propagation"])
 def test_what_is_captured_at_the_start_keeps_the_contract_and_gets_smaller(component):
     contract = CONTRACTS[component]
     sizes = capture_sizes(contract)
@@ -20,6 +20,6 @@ def test_what_is_captured_at_the_start_keeps_the_contract_and_gets_smaller(compo
 
 
 def test_one_object_of_every_age_is_captured():
-    memories = CONTRACTS["memory_attention"].dims["memories"].max
-    one = [own for own in capture_sizes(CONTRACTS["memory_attention"]) if own["objects"] == 1]
+    memories = CONTRACTS["propagation"].dims["memories"].max
+    one = [own for own in capture_sizes(CONTRACTS["propagation"]) if own["objects"] == 1]
     assert {own.get("pointers", 16): own.get("memories", memories) for own in one} == {age: min(age, memories) for age in range(1, 17)}

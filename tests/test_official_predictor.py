@@ -338,8 +338,8 @@ class Spoilt(TensorGraph):
     def __init__(self, graph: TensorGraph, fault: Fault) -> None:
         self._graph, self._fault, self._device = graph, fault, graph._device
 
-    def run_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._graph.run_tensors(self._fault(dict(inputs)))
+    def run_tensors(self, inputs: Mapping[str, Tensor], captured: bool = True) -> dict[str, Tensor]:
+        return self._graph.run_tensors(self._fault(dict(inputs)), captured)
 
 
 def other_order() -> Any:

@@ -1,8 +1,8 @@
 from ensemble.backend import SequenceModel, TritonMetrics
-from ensemble.components import components
+from ensemble.components import components, propagation
 from ensemble.metrics import TRACK_METRICS
 from ensemble.tracker import Limits, Tracker
-from export.runners import open_device, open_graphs
+from export.runners import open_device, open_graphs, warm_up
 
 
 class TritonPythonModel(SequenceModel):
@@ -12,7 +12,9 @@ class TritonPythonModel(SequenceModel):
         self.endpoint = TritonMetrics(TRACK_METRICS)
         graphs = open_graphs(self.settings, self.folder, components(self.config)["tracker"].parts, self.config)
         self.device = open_device(self.settings)
-        return Tracker(self.config, graphs, self.device, Limits.from_parameters(self.settings, self.triton_idle_s))
+        tracker = Tracker(self.config, graphs, self.device, Limits.from_parameters(self.settings, self.triton_idle_s))
+        warm_up(tracker.propagation, propagation(self.config))
+        return tracker
 
     def sweep(self) -> None:
         super().sweep()
