@@ -205,25 +205,25 @@ class Pipeline:
             return {"target_tokens": np.zeros((most, self.config.language.width), np.float32)}
         else:
             return {}
-        features = self.runner.run("image_encoder", self._context_frames(crops))["image_tokens"].mean(1)  # [n, S, H] -> [n, H]
+        context = self._resized(crops, context_frames=preprocess.context_frame)
+        features = self.runner.run("image_encoder", context)["image_tokens"].mean(1)  # [n, S, H] -> [n, H]
         return {"target_tokens": targets.medoids(features, options.target_tokens, options.target_kmeans_steps)[:most]}
 
     def _visual_tokens(self, seen: Array, is_video: bool) -> DeviceArray:
         """[S, H] float32."""
-        context = self._context_frames(list(seen))
         if not is_video:
-            return self.runner.run("image_encoder", context, on_device=True)["image_tokens"][0]  # [1, S, H] -> [S, H]
-        video = {"video_frames": self._resized(preprocess.video_frame, list(seen))}
-        return self.runner.run("vision_encoder", {**video, **context}, on_device=True)["visual_tokens"]
+            inputs = self._resized(list(seen), context_frames=preprocess.context_frame)
+            return self.runner.run("image_encoder", inputs, on_device=True)["image_tokens"][0]  # [1, S, H] -> [S, H]
+        inputs = self._resized(list(seen), context_frames=preprocess.context_frame, video_frames=preprocess.video_frame)
+        return self.runner.run("vision_encoder", inputs, on_device=True)["visual_tokens"]
 
-    def _context_frames(self, pictures: Sequence[Array]) -> Arrays:
-        """Input of image_encoder."""
-        return {"context_frames": self._resized(preprocess.context_frame, pictures)}
-
-    def _resized(self, resize: Callable[[Array, ModelConfig], Array], pictures: Sequence[Array]) -> Array:
-        """A tower's input, all pictures at once: resizing leaves the interpreter to others."""
+    def _resized(self, pictures: Sequence[Array], **towers: Callable[[Array, ModelConfig], Array]) -> Arrays:
+        """The inputs of the towers, all pictures at once: resizing leaves the interpreter to others."""
         with ThreadPoolExecutor() as pool:
-            return np.stack(list(pool.map(lambda picture: resize(picture, self.config), pictures)))
+            resized = {
+                name: pool.map(lambda picture, resize=resize: resize(picture, self.config), pictures) for name, resize in towers.items()
+            }
+            return {name: np.stack(list(own)) for name, own in resized.items()}
 
     def _proposals(self, clip: Clip, options: Options, timings: Timings) -> Arrays:
         """Boxes of frame 0."""

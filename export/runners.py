@@ -214,6 +214,11 @@ class TorchDevice:
 
     def hosts(self, arrays: Mapping[str, Array | Tensor]) -> Arrays:
         """Floats as float32, whatever they were computed in."""
+        return self.fetch(arrays)()
+
+    def fetch(self, arrays: Mapping[str, Array | Tensor]) -> Callable[[], Arrays]:
+        """Sends arrays to the host; what it returns waits until they are there, and for nothing that is launched later."""
+        import torch
 
         def sent(array: Array | Tensor) -> Array | Tensor:
             if isinstance(array, np.ndarray):
@@ -221,8 +226,16 @@ class TorchDevice:
             return (array.float() if array.is_floating_point() else array).to("cpu", non_blocking=True)
 
         there = {name: sent(array) for name, array in arrays.items()}
-        self.wait()
-        return {name: np.asarray(array) for name, array in there.items()}
+        event = torch.cuda.Event() if self.on_gpu else None
+        if event:
+            event.record()
+
+        def arrived() -> Arrays:
+            if event:
+                event.synchronize()
+            return {name: np.asarray(array) for name, array in there.items()}
+
+        return arrived
 
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:
@@ -456,6 +469,9 @@ class GraphDecoder:
 class TorchDecoder:
     """The language model in torch over a cache that is written in place; on a GPU a step of all answers is one captured launch.
 
+    There, while answers take their likeliest tokens, the next step is launched before anybody asks for it, and while the host deals with
+    this one. A step that is not what is asked for then does no harm: its tokens' places are written again before they are read.
+
     Args:
         decoder: its weights and sizes.
         embedder, projector: graphs of token_embedder and prompt_projector.
@@ -477,7 +493,11 @@ class TorchDecoder:
 
         self._decoder, self._embedder, self._projector = decoder, embedder, projector
         self._place, self._layers = TorchPlace(decoder, precision), layers
-        self._captures = capturable and self._place.device.on_gpu
+        self._captures = self._runs_ahead = capturable and self._place.device.on_gpu
+        self._expected: tuple[list[int], list[int]] | None = None
+        """Slots of the last outlook and their likeliest tokens."""
+        self._ahead: Sequence[Tensor] | None = None
+        """What the step makes of them, if it was launched."""
         self._lengths = np.zeros(settings.MAX_GENERATIONS, np.int64)
         self._ring = ring_slots(decoder.config)
         self._keys, self._values = self._empty(0, 0), self._empty(0, 0)
@@ -495,19 +515,33 @@ class TorchDecoder:
             whole = torch.cat([self._place.device.put(piece) for piece in embeddings])[None]
             tensors = self._behind(*self._decoder.prefill_(whole, self._keys[:, rows], self._values[:, rows], self._layers.prompt))
         self._lengths[slot] = length
-        return self._outlook(tensors, [0])
+        outlook = self._outlook(tensors[3], self._fetch(tensors)(), [0])
+        self._expected, self._ahead = ([slot], outlook.likeliest.tolist()), None
+        return outlook
 
     def decode(self, slots: list[int], token_ids: list[int]) -> Outlook:
         # All slots up to the highest run, in few sizes, so that the cache needs no gathering and a step can be captured. What an idle
         # one writes behind its last token is overwritten by its own next token before anybody reads it.
         count = 1 << max(slots).bit_length()
         self._reserve(count, int(self._lengths[slots].max()) + 1)
-        ids = np.zeros(count, np.int64)
-        ids[slots] = token_ids
-        with self._place.inference():
-            tensors = self._step(self._place.device.put(ids), self._place.device.put(self._lengths[:count]))
+        goes_on = (slots, token_ids) == self._expected
+        if goes_on and self._ahead is not None:
+            tensors = self._ahead
+        else:
+            ids = np.zeros(count, np.int64)
+            ids[slots] = token_ids
+            tensors = self._launch(self._place.device.put(ids))
         self._lengths[slots] += 1
-        return self._outlook(tensors, slots)
+        arrived = self._fetch(tensors)
+        self._ahead = self._launch(tensors[0]) if goes_on and self._runs_ahead else None
+        outlook = self._outlook(tensors[3], arrived(), slots)
+        self._expected = slots, outlook.likeliest.tolist()
+        return outlook
+
+    def _launch(self, token_ids: Tensor) -> Sequence[Tensor]:
+        """A step of the first n answers, of which an idle one may get any token: [n] to what `_behind` returns."""
+        with self._place.inference():
+            return self._step(token_ids, self._place.device.put(self._lengths[: len(token_ids)]))
 
     def _forget(self) -> None:
         """Captured steps write to the cache that they were captured with."""
@@ -530,11 +564,14 @@ class TorchDecoder:
         projected = self._projector.run_tensors({"final_states": states}, captured=False)
         return logits.argmax(1), states, projected["prompt_embeddings"], logits
 
-    def _outlook(self, tensors: Sequence[Tensor], rows: list[int]) -> Outlook:
-        """Of some rows of what `_behind` has computed."""
-        device = self._place.device
-        few = device.hosts(dict(zip(("likeliest", "states", "prompt_embeddings"), tensors, strict=False)))
-        return Outlook(**{name: array[rows] for name, array in few.items()}, logits=lambda row: device.host(tensors[3][rows[row]]))
+    def _fetch(self, tensors: Sequence[Tensor]) -> Callable[[], Arrays]:
+        """What every token needs of `_behind`, to the host."""
+        return self._place.device.fetch(dict(zip(("likeliest", "states", "prompt_embeddings"), tensors, strict=False)))
+
+    def _outlook(self, logits: Tensor, arrived: Arrays, rows: list[int]) -> Outlook:
+        """Of some rows."""
+        chosen = {name: array[rows] for name, array in arrived.items()}
+        return Outlook(**chosen, logits=lambda row: self._place.device.host(logits[rows[row]]))
 
     def _reserve(self, slots: int, positions: int) -> None:
         """Lets the cache grow to as many answers and positions as there ever were at once; on a GPU an answer has all of its positions."""

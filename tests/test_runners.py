@@ -122,3 +122,38 @@ def test_cache_ends_with_what_a_token_may_see():
     decoder = TorchDecoder(graph_class("language_decoder")(config).eval(), None, projector)
     decoder.prefill(0, [np.zeros((config.max_sequence - 1, WIDTH), np.float32)])
     assert decoder._keys.shape[3] == ring_slots(config) == config.language.sliding_window + 1
+
+
+def test_steps_run_ahead_while_tokens_are_the_likeliest_and_change_no_answer():
+    """Two answers that start, join and end at different times, one of which takes other tokens than the likeliest."""
+    ends = (TorchGraph(module("token_embedder"), "token_embedder"), TorchGraph(module("prompt_projector"), "prompt_projector"))
+    plain, ahead = (TorchDecoder(module("language_decoder"), *ends) for _ in range(2))
+    ahead._runs_ahead = True
+    launched = []
+    launch = ahead._launch
+    ahead._launch = lambda ids: launched.append(len(ids)) or launch(ids)
+    rng = np.random.default_rng(0)
+    prompts = [rng.standard_normal((length, WIDTH)).astype(np.float32) for length in (20, 9)]
+
+    def both(slots, token_ids):
+        got, expected = (decoder.decode(slots, token_ids) for decoder in (ahead, plain))
+        for name in ("likeliest", "states", "prompt_embeddings"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+        np.testing.assert_array_equal(got.logits(len(slots) - 1), expected.logits(len(slots) - 1))
+        return got.likeliest.tolist()
+
+    def started(slot):
+        outlook, _ = (decoder.prefill(slot, [prompts[slot]]) for decoder in (plain, ahead))
+        return outlook.likeliest.tolist()
+
+    token_ids = started(0)
+    for _ in range(4):
+        token_ids = both([0], token_ids)
+    assert launched == [1] * 5  # each but the first was there when it was asked for, and one is ahead
+    both([0], [token_ids[0] ^ 1])  # drawn: what was launched is of no use
+    assert launched == [1] * 6
+    token_ids = both([0, 1], [3, *started(1)])
+    for _ in range(3):
+        token_ids = both([0, 1], token_ids)
+    both([1], token_ids[1:])
+    assert launched == [1] * 6 + [2] * 6

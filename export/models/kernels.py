@@ -16,9 +16,9 @@ WINDOW_TOKENS = 64
 """Tokens of a program of `window_attention`: one window, or several small ones."""
 PRODUCT_BLOCK = 1024
 """Weights that a program of `row_product` has in flight."""
-SPLITS = 8
+SPLITS = 16
 """Programs that share the slots of one head in `ring_attention`: an answer has too few heads for all processors."""
-SLOT_BLOCK = 64
+SLOT_BLOCK = 32
 """Slots that a program of `ring_attention` reads at once."""
 
 
@@ -207,6 +207,7 @@ def ring_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> 
         PADDED=triton.next_power_of_2(head),
         PARTS=SPLITS,
         BLOCK=SLOT_BLOCK,
+        num_warps=2,
     )
     weights = torch.exp2(most - most.amax(1, keepdim=True))
     together = (mixed * weights[..., None]).sum(1) / (totals * weights).sum(1, keepdim=True)
