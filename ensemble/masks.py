@@ -15,8 +15,10 @@ MASK_FORMATS = ("rle", "bits", "logits")
 
 def resize(maps: Array, height: int, width: int) -> Array:
     """Bilinear, half-pixel centres, no antialiasing: [N, h, w] float32 -> [N, height, width] (torch `interpolate`)."""
-    resized = [cv2.resize(map, (width, height), interpolation=cv2.INTER_LINEAR) for map in maps]
-    return np.stack(resized) if resized else np.zeros((0, height, width), maps.dtype)
+    resized = np.empty((len(maps), height, width), maps.dtype)
+    for index, map in enumerate(maps):
+        cv2.resize(map, (width, height), resized[index], interpolation=cv2.INTER_LINEAR)
+    return resized
 
 
 def binary_masks(logits: Array, height: int, width: int) -> Array:
@@ -43,7 +45,8 @@ def respond(logits: Array, scores: Arrays, size: tuple[int, int], mask_format: s
     """
     masks = binary_masks(logits, *size)
     counts = np.empty(len(masks) if mask_format == "rle" else 0, object)
-    counts[:] = [coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"] for mask in masks[: len(counts)]]
+    # Column by column, as COCO counts: OpenCV transposes several times as fast as NumPy.
+    counts[:] = [coco.encode(cv2.transpose(mask.view(np.uint8)).T)["counts"] for mask in masks[: len(counts)]]
     bits = np.packbits(masks.reshape(len(masks), size[0] * size[1]), axis=1) if mask_format == "bits" else np.zeros((0, 0), np.uint8)
     areas = masks.sum((1, 2), dtype=np.int32)
     return {

@@ -25,7 +25,7 @@ from typing import IO
 
 from .machine import gpu_names
 
-GPU_POOL_BYTES = 256 << 20
+GPU_POOL_BYTES = 512 << 20
 """For tensors on their way between models on the GPU, of which those of a frame take 17 MB; what finds no room goes by way of the host."""
 STOP_TIMEOUT_S = 10
 POLL_S = 0.1

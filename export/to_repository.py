@@ -152,7 +152,7 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
         fields["parameters"] = {name: {"string_value": str(value)} for name, value in parameters.items()}
     if batched:
         fields["model_warmup"] = [warmup_fields(model)]
-        fields["max_batch_size"] = leading(model.inputs[0]).max
+        fields["max_batch_size"] = settings.ENCODER_BATCH
         fields["dynamic_batching"] = {}
     if model.serving == "function":
         fields["max_batch_size"] = settings.MAX_FRAME_BATCH
@@ -174,13 +174,6 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
 def is_native(model: Component, engine: Engine) -> bool:
     """Whether Triton's own backend for plans runs a model: one that is a single graph."""
     return engine.of(model.name).engine_kind == "tensorrt" and model.serving == "batched_graph"
-
-
-def leading(spec: TensorSpec) -> Dim:
-    """The batch axis of a batched graph."""
-    size = spec.shape[0]
-    assert isinstance(size, Dim)
-    return size
 
 
 def tensor_fields(spec: TensorSpec, batched: bool) -> dict[str, Any]:
