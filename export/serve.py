@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -24,15 +22,13 @@ from threading import Event, Thread
 from typing import IO
 
 from .machine import gpu_names
+from .processes import STOP_TIMEOUT_S, start, stop
 
 GPU_POOL_BYTES = 256 << 20
 """For tensors on their way between models on the GPU, of which those of a frame take 17 MB; what finds no room goes by way of the host."""
-STOP_TIMEOUT_S = 10
 POLL_S = 0.1
 SHARED_MEMORY = Path("/dev/shm")
 """Where models and server exchange tensors."""
-PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal that a child gets when its parent dies."""
 
 
 class ServerError(Exception):
@@ -83,11 +79,11 @@ class Server:
 
     def __enter__(self) -> Server:
         with contextlib.ExitStack() as stack:
-            start = time.monotonic()
+            since = time.monotonic()
             self._start(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparrow-"))))
             stack.callback(self._stop)
             self._wait_until_ready()
-            self.ready_s = time.monotonic() - start
+            self.ready_s = time.monotonic() - since
             self._stack = stack.pop_all()
         return self
 
@@ -140,16 +136,7 @@ class Server:
             # The stub is an isolated interpreter: it reads no PYTHONPATH, but takes the packages of the first `python3` on the path.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         }
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C reaches us alone; we stop the server
-            preexec_fn=end_with_parent,
-        )
+        self._process = start(command, environment, subprocess.PIPE)
         Thread(target=self._read_log, daemon=True).start()
 
     def _read_log(self) -> None:
@@ -182,22 +169,10 @@ class Server:
         return "\n".join(reasons) or "".join(list(self._tail)[-20:]).rstrip()
 
     def _stop(self) -> None:
-        """Asks the server to end, then makes sure that it and its model processes are gone."""
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """Ends the server and its model processes."""
+        stop(self._process)
         for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):  # what a server leaves that had to be killed
             region.unlink()
-
-
-def end_with_parent() -> None:
-    """Runs in the child: it gets SIGTERM when this process is killed, so that no server is left behind."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_port(name: str, port: int) -> None:
