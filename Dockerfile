@@ -5,6 +5,7 @@
 #
 # A repository of TensorRT plans needs the Python package of the image's own TensorRT as well: --build-arg TENSORRT=<its version>.
 # Weights and engines are mounted, never baked in. 64 MB of shared memory, Docker's default, is too little for frame tensors.
+# Its models share the GPU by time slices; README.md says how to have them share it by MPS.
 # The target `builder` makes TensorRT engines for this server: it is the same image, and takes the TensorRT that is in it.
 ARG TRITON_IMAGE
 

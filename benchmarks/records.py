@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -68,7 +69,10 @@ def latest(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def environment(url: str, preset: str) -> dict[str, Any]:
-    """What a figure depends on: this machine, and the server at `url` with its engine kinds and the preset of its model."""
+    """What a figure depends on: this machine, and the server at `url` with its engine kinds and the preset of its model.
+
+    How the server's processes share a GPU is known where `sparrow serve` runs this.
+    """
     import tritonclient.grpc as triton
 
     with triton.InferenceServerClient(url) as client:
@@ -78,6 +82,7 @@ def environment(url: str, preset: str) -> dict[str, Any]:
     return {
         **machine(),
         "tritonserver": server,
+        "gpu_sharing": os.environ.get("SPARROW_GPU_SHARING"),
         "engine_kinds": {  # of models, and of single graphs in them: "tracker", "tracker.mask_decoder"
             key.replace("engine_kind", name): value["string_value"]
             for name, fields in parameters.items()

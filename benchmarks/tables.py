@@ -22,7 +22,7 @@ DOCUMENTS = (
     ROOT / "docs" / "load.md",
     *sorted((ROOT / "docs" / "parity").glob("*.md")),
 )
-SHOWN = ("gpu", "driver", "torch", "tritonserver", "preset", "precision", "sam2", "transformers", "git", "date")
+SHOWN = ("gpu", "driver", "torch", "tritonserver", "gpu_sharing", "preset", "precision", "sam2", "transformers", "git", "date")
 """What a table says of the machine and the server that it was measured on."""
 
 

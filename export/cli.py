@@ -12,6 +12,7 @@ import click
 from tqdm import tqdm
 
 from .manifest import Manifest
+from .mps import MpsError
 from .runners import ENGINE_SUFFIX, PRECISIONS, QUANTIZATION_BITS, Engine
 from .serve import Ports, Server, ServerError
 from .targets import AUTO, TargetError, find_target, ran_on
@@ -95,22 +96,27 @@ def choose(target: str, engine: str | None, precision: str | None, quantization:
 @click.option(
     "--log", type=click.Path(path_type=Path, dir_okay=False), help="File for the server's log; without a command it goes to stderr."
 )
-def serve(repository: Path, command: tuple[str, ...], grpc_port: int, http_port: int, metrics_port: int, log: Path | None) -> None:
+@click.option("--mps/--no-mps", default=True, help="Share a GPU by NVIDIA's MPS, where there is one.", show_default=True)
+def serve(
+    repository: Path, command: tuple[str, ...], grpc_port: int, http_port: int, metrics_port: int, log: Path | None, mps: bool
+) -> None:
     """Run tritonserver on REPOSITORY until Ctrl-C; with COMMAND, run that while the server is up and stop it afterwards.
 
     Port 0 stands for any free one. COMMAND finds the gRPC address in SPARROW_SERVER, where `sparrow segment` looks for it.
     """
     command = command[1:] if command[:1] == ("--",) else command
     output = log.open("w") if log else None if command else sys.stderr
-    server = Server(repository, Ports(grpc_port, http_port, metrics_port), output)
+    server = Server(repository, Ports(grpc_port, http_port, metrics_port), output, mps=mps)
     for number in (signal.SIGINT, signal.SIGTERM):
         # A flag instead of KeyboardInterrupt, which is lost when it comes up in a callback of a library.
         signal.signal(number, lambda *_: server.stopping.set())
     try:
         with server:
             ports = server.ports
+            if server.sharing:
+                click.echo(server.sharing, err=True)
             click.echo(f"Ready: gRPC {server.url}, HTTP localhost:{ports.http}, metrics localhost:{ports.metrics}/metrics", err=True)
             status = server.run(command)
-    except ServerError as error:
+    except (MpsError, ServerError) as error:
         raise click.ClickException(str(error)) from error
     sys.exit(status)

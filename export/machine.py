@@ -7,7 +7,9 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 NEEDS = {
     "serving": (("nvidia-pytriton", "pip install 'sparrow-serving[export]'"),),
@@ -19,6 +21,45 @@ NEEDS = {
     "evaluations": (("scipy", "pip install 'sparrow-serving[eval]'"),),
 }
 """What one may want to do, to what it needs and how that is got."""
+
+MPS_CONTROL = "nvidia-cuda-mps-control"
+"""Starts the daemon of NVIDIA's MPS, and talks to it."""
+MPS_PIPES = "CUDA_MPS_PIPE_DIRECTORY"
+"""Names the folder where processes look for the daemon."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the processes of a server share a GPU (ADR 0020).
+
+    Args:
+        by: MPS, or time slices, with which kernels of two processes never run at once.
+        why: whose MPS it is, or why there is none.
+        starts_daemon: whether the server starts the daemon of MPS.
+    """
+
+    by: str
+    why: str
+    starts_daemon: bool = False
+
+    def __str__(self) -> str:
+        lost = "" if self.by == "MPS" else ": kernels of two models never run at once, and several sessions get fewer frames"
+        return f"GPU shared by {self.by} ({self.why}){lost}"
+
+
+def gpu_sharing(mps: bool = True) -> Sharing | None:
+    """How a server that starts here will share the GPU, with `mps` by MPS where there is one; None where it sees no GPU."""
+    if not gpus() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    if not mps:
+        return Sharing("time slices", "--no-mps")
+    if pipes := os.environ.get(MPS_PIPES):
+        if os.access(Path(pipes, "control"), os.W_OK):
+            return Sharing("MPS", f"the daemon of {MPS_PIPES}={pipes}")
+        return Sharing("time slices", f"no daemon at {MPS_PIPES}={pipes}")
+    if control := shutil.which(MPS_CONTROL):
+        return Sharing("MPS", control, starts_daemon=True)
+    return Sharing("time slices", f"{MPS_CONTROL} is not on the PATH; it is a part of NVIDIA's driver")
 
 
 def gpu_names() -> list[str]:
@@ -56,6 +97,8 @@ def describe() -> Iterator[str]:
         yield f"{name}, {size}, sm_{capability.replace('.', '')}, driver {driver}"
     if not own:
         yield "no NVIDIA GPU"
+    if sharing := gpu_sharing():
+        yield str(sharing)
     yield ""
     for purpose, needs in NEEDS.items():
         have = {need: found(need) for need, _ in needs}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,16 +21,15 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import IO
 
-from .machine import gpu_names
+from .machine import MPS_PIPES, Sharing, gpu_sharing
+from .mps import MpsDaemon
+from .processes import STOP_TIMEOUT_S, start, stop
 
 GPU_POOL_BYTES = 512 << 20
 """For tensors on their way between models on the GPU, of which those of a frame take 17 MB; what finds no room goes by way of the host."""
-STOP_TIMEOUT_S = 10
 POLL_S = 0.1
 SHARED_MEMORY = Path("/dev/shm")
 """Where models and server exchange tensors."""
-PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal that a child gets when its parent dies."""
 
 
 class ServerError(Exception):
@@ -66,12 +63,20 @@ class Server:
         ports: where to listen.
         log: receives the server's output; None keeps only its end, for messages.
         ready_timeout_s: how long models may take to load.
+        mps: whether its processes may share a GPU by MPS.
     Raises:
         ServerError: on entering, when the server cannot be started or a model does not load.
+        MpsError: on entering, when the daemon of MPS cannot be started.
     """
 
-    def __init__(self, repository: Path | str, ports: Ports, log: IO[str] | None = None, ready_timeout_s: float = 300) -> None:
+    def __init__(
+        self, repository: Path | str, ports: Ports, log: IO[str] | None = None, ready_timeout_s: float = 300, mps: bool = True
+    ) -> None:
         self.repository, self.ports, self._log, self._ready_timeout_s = Path(repository), ports.chosen(), log, ready_timeout_s
+        self._mps = mps
+        self.sharing: Sharing | None = None
+        """How its processes share a GPU, once it has started; None without one."""
+        self._daemon: MpsDaemon | None = None
         self._tail: deque[str] = deque(maxlen=400)
         self._stack = contextlib.ExitStack()
         self.stopping = Event()
@@ -83,11 +88,10 @@ class Server:
 
     def __enter__(self) -> Server:
         with contextlib.ExitStack() as stack:
-            start = time.monotonic()
-            self._start(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparrow-"))))
-            stack.callback(self._stop)
+            since = time.monotonic()
+            self._start(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparrow-"))), stack)
             self._wait_until_ready()
-            self.ready_s = time.monotonic() - start
+            self.ready_s = time.monotonic() - since
             self._stack = stack.pop_all()
         return self
 
@@ -97,12 +101,15 @@ class Server:
     def run(self, command: Sequence[str] = ()) -> int:
         """Waits until a command has ended, or without one until the server ends.
 
-        The command finds the server in SPARROW_SERVER, and the seconds that it took to get ready in SPARROW_READY_S.
+        The command finds the server in SPARROW_SERVER, the seconds that it took to get ready in SPARROW_READY_S, and on a GPU how the
+        server's processes share it in SPARROW_GPU_SHARING.
 
         Returns:
             The exit status of what ended; 0 where nothing did and `stopping` is set.
         """
         environment = {**os.environ, "SPARROW_SERVER": self.url, "SPARROW_READY_S": f"{self.ready_s:.2f}"}
+        if self.sharing:
+            environment["SPARROW_GPU_SHARING"] = self.sharing.by
         process = subprocess.Popen(command, env=environment) if command else self._process
         while process.poll() is None and not self.stopping.wait(POLL_S):
             pass
@@ -111,7 +118,7 @@ class Server:
             process.wait()
         return process.returncode or 0
 
-    def _start(self, workspace: Path) -> None:
+    def _start(self, workspace: Path, stack: contextlib.ExitStack) -> None:
         if not (self.repository / "sparrow_track" / "config.pbtxt").exists():
             raise ServerError(f"{self.repository}: no model repository there. Write one: sparrow export CHECKPOINT -o {self.repository}")
         for name, port in vars(self.ports).items():
@@ -131,7 +138,8 @@ class Server:
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={STOP_TIMEOUT_S // 2}",
         ]
-        if gpu_names():
+        self.sharing = gpu_sharing(self._mps)
+        if self.sharing:
             command.append(f"--cuda-memory-pool-byte-size=0:{GPU_POOL_BYTES}")
         environment = {
             "OMP_WAIT_POLICY": "passive",  # threads of torch that spin while they wait would take the cores from the other models
@@ -140,16 +148,15 @@ class Server:
             # The stub is an isolated interpreter: it reads no PYTHONPATH, but takes the packages of the first `python3` on the path.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         }
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C reaches us alone; we stop the server
-            preexec_fn=end_with_parent,
-        )
+        if self.sharing and self.sharing.starts_daemon:
+            self._daemon = stack.enter_context(MpsDaemon(workspace / "mps"))
+            environment |= self._daemon.variables
+            # The daemon has numbered the GPUs that it sees anew: to choose among them once more would choose others.
+            environment.pop("CUDA_VISIBLE_DEVICES", None)
+        elif not self._mps:
+            environment[MPS_PIPES] = os.devnull  # where nobody finds a daemon, not even that of the machine
+        self._process = start(command, environment, subprocess.PIPE)
+        stack.callback(self._stop)
         Thread(target=self._read_log, daemon=True).start()
 
     def _read_log(self) -> None:
@@ -173,7 +180,9 @@ class Server:
                         return
                 if self.stopping.wait(POLL_S):
                     raise ServerError("Stopped before the server was ready.")
-        raise ServerError(f"tritonserver was not ready after {self._ready_timeout_s:g} s.\n{self._failures()}")
+        # Processes wait for an MPS server as long as the daemon tries to start one.
+        mps = f"\nMPS says:\n{self._daemon.last_words()}\nWithout it: sparrow serve --no-mps" if self._daemon else ""
+        raise ServerError(f"tritonserver was not ready after {self._ready_timeout_s:g} s.\n{self._failures()}{mps}")
 
     def _failures(self) -> str:
         """What the log says went wrong: a line per model that did not load, else its end."""
@@ -182,22 +191,10 @@ class Server:
         return "\n".join(reasons) or "".join(list(self._tail)[-20:]).rstrip()
 
     def _stop(self) -> None:
-        """Asks the server to end, then makes sure that it and its model processes are gone."""
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """Ends the server and its model processes."""
+        stop(self._process)
         for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):  # what a server leaves that had to be killed
             region.unlink()
-
-
-def end_with_parent() -> None:
-    """Runs in the child: it gets SIGTERM when this process is killed, so that no server is left behind."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_port(name: str, port: int) -> None:

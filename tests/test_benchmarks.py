@@ -48,8 +48,17 @@ def test_readme_shows_what_was_measured_last():
     assert tables.main(check=True) == 0
 
 
+def test_table_says_how_a_gpu_was_shared_where_records_do(results):
+    records.append([figure("first_answer_ms", 3, gpu="NVIDIA H200")])
+    text = "<!-- results: nvidia-h200/serving -->\n<!-- end -->"
+    assert "gpu_sharing" not in tables.render(text)
+    records.append([figure("first_answer_ms", 2, gpu="NVIDIA H200", gpu_sharing="MPS")])
+    assert "On gpu NVIDIA H200, gpu_sharing MPS.\n" in tables.render(text)
+
+
 def test_bench_measures_a_running_server(results, server, monkeypatch):
     monkeypatch.setattr(serving, "TRACK_FRAMES", 3)
+    monkeypatch.setenv("SPARROW_GPU_SHARING", "time slices")
     run = CliRunner().invoke(serving.bench, ["--server", server.url, "--repeats", "2"])
     assert run.exit_code == 0, run.output
     (path,) = results.glob("*/serving.jsonl")
@@ -57,5 +66,6 @@ def test_bench_measures_a_running_server(results, server, monkeypatch):
     assert {metric for _, metric in lines} == {"first_answer_ms", "track_frame_ms_p50", "track_frame_ms_p99", "frames_per_s"}
     assert all(line["value"] > 0 and line["env"]["preset"] == "tiny" for line in lines.values())
     assert lines["clip_16f_480x854", "first_answer_ms"]["n"] == 2
+    assert all(line["env"]["gpu_sharing"] == "time slices" for line in lines.values())
     engine_kinds = lines["clip_16f_480x854", "first_answer_ms"]["env"]["engine_kinds"]
     assert (engine_kinds["frame_encoder"], engine_kinds["language_model"]) == ("onnx", "torch")

@@ -447,7 +447,8 @@ def test_serve_leaves_nothing_behind_when_it_is_stopped(repository, tmp_path, st
     ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
     environment = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([*command, *ports, str(repository)], env=environment, stderr=subprocess.PIPE, text=True)
-    url = re.match(r"Ready: gRPC (\S+),", process.stderr.readline())[1]
+    lines = iter(process.stderr.readline, "")  # on a GPU there is one before
+    url = next(ready[1] for line in lines if (ready := re.match(r"Ready: gRPC (\S+),", line)))
     process.send_signal(stop)
     assert process.communicate(timeout=30) == (None, "")
     assert process.returncode == 0
