@@ -182,8 +182,10 @@ def on_hopper(x: Tensor) -> bool:
 
 
 def by_kernels(weight: Tensor) -> bool:
-    """Whether kernels of our own may take a layer: of weights that are kept in half precision on a GPU, and without gradients."""
-    return on_tensor_cores(weight) and not torch.is_grad_enabled()
+    """Whether kernels of our own take a layer: of weights in half precision on a GPU, in what is being compiled for it. Eager torch would
+    need a C compiler where it serves.
+    """
+    return on_tensor_cores(weight) and torch.compiler.is_exporting()
 
 
 def on_tensor_cores(x: Tensor) -> bool:
