@@ -126,7 +126,8 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
     }
     if model.serving == "ensemble":
         steps = [ensemble_step(step, inputs) for step, inputs in graph.ensemble_steps(contracts, model.name)]
-        return {**fields, "max_batch_size": settings.MAX_FRAME_BATCH, "platform": "ensemble", "ensemble_scheduling": {"step": steps}}
+        # No more than any step takes; a request holds one frame.
+        return {**fields, "max_batch_size": settings.ENCODER_BATCH, "platform": "ensemble", "ensemble_scheduling": {"step": steps}}
 
     parameters: dict[str, str | int] = {}
     on_gpu = engine.of("frame_encoder").engine_kind != "onnx"

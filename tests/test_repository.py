@@ -77,7 +77,7 @@ def test_scheduling_follows_from_how_the_component_is_served(preset, name):
 
 
 def test_idle_timeouts_and_capacities_are_those_of_the_sessions(preset):
-    _, configs = preset
+    contracts, configs = preset
     tracker, language = configs["tracker"].sequence_batching, configs["language_model"].sequence_batching
     # A session that the tracker closed is still known to Triton, so that its next request reaches the tracker and is told why.
     assert tracker.max_sequence_idle_microseconds == settings.TRITON_IDLE_S * 1e6
@@ -87,7 +87,8 @@ def test_idle_timeouts_and_capacities_are_those_of_the_sessions(preset):
     # Surplus answers wait for a slot; surplus tracking sessions have to get in to be refused with a message.
     assert language.oldest.max_candidate_sequences == configs["language_model"].max_batch_size == settings.MAX_GENERATIONS
     assert tracker.oldest.max_candidate_sequences > 100 * settings.MAX_SESSIONS
-    assert configs["tracker"].max_batch_size == configs["sparrow_track"].max_batch_size == settings.MAX_FRAME_BATCH
+    assert configs["tracker"].max_batch_size == settings.MAX_FRAME_BATCH
+    assert configs["sparrow_track"].max_batch_size <= min(configs[step].max_batch_size for step in contracts["sparrow_track"].calls)
     assert language.oldest.max_queue_delay_microseconds == settings.TOKEN_DELAY_US
     assert tracker.oldest.max_queue_delay_microseconds == 0
     assert configs["frame_encoder"].HasField("dynamic_batching")
