@@ -183,10 +183,17 @@ class TorchDevice:
         return own
 
     def wait(self) -> None:
+        self.mark()()
+
+    def mark(self) -> Callable[[], None]:
+        """What waits for all that has been launched so far, and for nothing that is launched later."""
         import torch
 
-        if self.on_gpu:
-            torch.cuda.current_stream().synchronize()
+        if not self.on_gpu:
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
 
     def where(self, condition: Tensor, array: Tensor, value: float) -> Tensor:
         import torch
@@ -217,22 +224,17 @@ class TorchDevice:
         return self.fetch(arrays)()
 
     def fetch(self, arrays: Mapping[str, Array | Tensor]) -> Callable[[], Arrays]:
-        """Sends arrays to the host; what it returns waits until they are there, and for nothing that is launched later."""
-        import torch
+        """Sends arrays to the host; what it returns waits until they are there."""
 
         def sent(array: Array | Tensor) -> Array | Tensor:
             if isinstance(array, np.ndarray):
                 return array
             return (array.float() if array.is_floating_point() else array).to("cpu", non_blocking=True)
 
-        there = {name: sent(array) for name, array in arrays.items()}
-        event = torch.cuda.Event() if self.on_gpu else None
-        if event:
-            event.record()
+        there, wait = {name: sent(array) for name, array in arrays.items()}, self.mark()
 
         def arrived() -> Arrays:
-            if event:
-                event.synchronize()
+            wait()
             return {name: np.asarray(array) for name, array in there.items()}
 
         return arrived
