@@ -57,7 +57,6 @@ def main(repository: Path, only: Sequence[str], compiled: bool, quantization: st
 
 def measure(repository: Path, only: Sequence[str] = (), compiled: bool = False, quantization: str = "none") -> None:
     """Adds the figures of a repository's graphs, as its servers would run them; arguments as of the command line."""
-    lines: dict[str, list[dict[str, Any]]] = {"component": [], "gate": [], "llm": []}
     config = repository_config(repository)
     folders = engine_folders(repository, config)
     for component in tqdm(only or folders, unit="graph"):
@@ -65,16 +64,16 @@ def measure(repository: Path, only: Sequence[str] = (), compiled: bool = False, 
         env = {**machine(), "engine_kinds": {component: made.engine_kind}, "preset": config.preset, "precision": made.precision}
         name, folder = engine_name(made, config), folders[component]
         if compiled:
-            lines["component"] += compiled_lines(folder, made, config, name, env)
+            append(list(compiled_lines(folder, made, config, name, env)))
             continue
-        lines["gate"] += gate_records(made.gate, f"{name}_{component}", env)
         if component == "language_decoder":
             parameters, suffix = {**engine(made), "quantization": quantization}, "" if quantization == "none" else f"_{quantization}"
-            lines["llm"] += decode_lines(open_decoder(parameters, folder, config), config, f"{name}{suffix}", env)
+            figures = decode_lines(open_decoder(parameters, folder, config), config, f"{name}{suffix}", env)
         else:
-            lines["component"] += latency_lines(folder, made, config, name, env)
-    for own in filter(None, lines.values()):
-        append(own)
+            figures = latency_lines(folder, made, config, name, env)
+        for lines in map(list, (gate_records(made.gate, f"{name}_{component}", env), figures)):
+            if lines:
+                append(lines)  # at once: a run that is cut off keeps what it has measured
 
 
 def repository_config(repository: Path) -> ModelConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -76,10 +77,15 @@ def gpus() -> list[list[str]]:
     return [line.split(", ") for line in done.stdout.splitlines()] if done.returncode == 0 else []
 
 
+def cxx() -> list[str]:
+    """The C++ compiler with its options, as torch chooses it too."""
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
 def found(need: str) -> str | None:
     """The version of a package, or where a program is; None without."""
     if need == "g++":
-        return shutil.which(need)
+        return shutil.which(cxx()[0])
     for name in (need, f"{need}-gpu"):
         try:
             return version(name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
 import subprocess
 from collections.abc import Collection
@@ -16,6 +14,7 @@ from ensemble import settings
 from ensemble.components import components
 from ensemble.tensors import Component
 
+from .machine import cxx
 from .runners import INDUCTOR, alone_package, prompt_package
 from .to_onnx import export_sizes
 
@@ -100,7 +99,7 @@ def check_compiler() -> None:
 
     Beside torch's runtime, loading such a package ends the process.
     """
-    words = shlex.split(os.environ.get("CXX", "g++"))
+    words = cxx()
     advice = "Name another compiler: CXX=/usr/bin/g++"
     if not shutil.which(words[0]):
         raise ValueError(f"aoti: got no C++ compiler {words[0]}, expected one. Install it. {advice}")

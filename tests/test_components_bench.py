@@ -55,6 +55,21 @@ def test_every_graph_has_a_latency_and_the_language_model_its_rates(repository, 
     assert gated == {*GRAPHS, "language_decoder"}
 
 
+def test_run_that_is_cut_off_keeps_what_it_has_measured(repository, measure, monkeypatch):
+    lines_of = bench.latency_lines
+
+    def cut_off(folder, made, *others):
+        if made.component == GRAPHS[1]:
+            raise KeyboardInterrupt
+        return lines_of(folder, made, *others)
+
+    monkeypatch.setattr(bench, "latency_lines", cut_off)
+    with pytest.raises(AssertionError, match="Aborted"):
+        measure(repository, "--graph", GRAPHS[0], "--graph", GRAPHS[1])
+    kept = [metric for path in records.RESULTS.glob("*/component.jsonl") for _, metric in records.latest(path)]
+    assert set(kept) == {f"{GRAPHS[0]}.latency_ms"}
+
+
 def test_sparrow_bench_takes_a_repository_instead_of_a_server(repository, monkeypatch):
     measured = []
     monkeypatch.setattr(bench, "measure", measured.append)
