@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from threading import Lock
 from typing import Any
 
@@ -220,9 +221,7 @@ class Pipeline:
     def _resized(self, pictures: Sequence[Array], **towers: Callable[[Array, ModelConfig], Array]) -> Arrays:
         """The inputs of the towers, all pictures at once: resizing leaves the interpreter to others."""
         with ThreadPoolExecutor() as pool:
-            resized = {
-                name: pool.map(lambda picture, resize=resize: resize(picture, self.config), pictures) for name, resize in towers.items()
-            }
+            resized = {name: pool.map(resize, pictures, repeat(self.config)) for name, resize in towers.items()}
             return {name: np.stack(list(own)) for name, own in resized.items()}
 
     def _proposals(self, clip: Clip, options: Options, timings: Timings) -> Arrays:

@@ -422,7 +422,21 @@ class CompiledSteps(TensorGraph):
         super().__init__(components(module.config)["language_decoder"], call)
 
 
-class GraphDecoder:
+class DecoderEnds:
+    """What every decoder has before and behind the language model proper.
+
+    Args:
+        embedder, projector: graphs of token_embedder and prompt_projector.
+    """
+
+    def __init__(self, embedder: Graph, projector: Graph) -> None:
+        self._embedder, self._projector = embedder, projector
+
+    def embed(self, token_ids: list[int]) -> Array:
+        return self._embedder.run({"token_ids": np.array(token_ids)})["token_embeddings"]
+
+
+class GraphDecoder(DecoderEnds):
     """The language model as a graph that returns its caches; each slot keeps the part in use.
 
     Args:
@@ -431,13 +445,11 @@ class GraphDecoder:
     """
 
     def __init__(self, decoder: Graph, embedder: Graph, projector: Graph, config: ModelConfig) -> None:
+        super().__init__(embedder, projector)
         language = config.language
-        self._decoder, self._embedder, self._projector = decoder, embedder, projector
+        self._decoder = decoder
         self._empty = np.zeros((language.layers, 1, language.heads, 0, language.width // language.heads), np.float32)
         self._caches: dict[int, tuple[Array, Array]] = {}
-
-    def embed(self, token_ids: list[int]) -> Array:
-        return self._embedder.run({"token_ids": np.array(token_ids)})["token_embeddings"]
 
     def prefill(self, slot: int, embeddings: Sequence[Array]) -> Outlook:
         self._caches[slot] = self._empty, self._empty
@@ -468,7 +480,7 @@ class GraphDecoder:
         return outputs["logits"][0], outputs["final_states"][0]
 
 
-class TorchDecoder:
+class TorchDecoder(DecoderEnds):
     """The language model in torch over a cache that is written in place; on a GPU a step of all answers is one captured launch.
 
     There, while answers take their likeliest tokens, the next step is launched before anybody asks for it, and while the host deals with
@@ -493,8 +505,8 @@ class TorchDecoder:
     ) -> None:
         from .models.language_model import ring_slots
 
-        self._decoder, self._embedder, self._projector = decoder, embedder, projector
-        self._place, self._layers = TorchPlace(decoder, precision), layers
+        super().__init__(embedder, projector)
+        self._decoder, self._place, self._layers = decoder, TorchPlace(decoder, precision), layers
         self._captures = self._runs_ahead = capturable and self._place.device.on_gpu
         self._expected: tuple[list[int], list[int]] | None = None
         """Slots of the last outlook and their likeliest tokens."""
@@ -504,9 +516,6 @@ class TorchDecoder:
         self._ring = ring_slots(decoder.config)
         self._keys, self._values = self._empty(0, 0), self._empty(0, 0)
         self._forget()
-
-    def embed(self, token_ids: list[int]) -> Array:
-        return self._embedder.run({"token_ids": np.array(token_ids)})["token_embeddings"]
 
     def prefill(self, slot: int, embeddings: Sequence[Array | Tensor]) -> Outlook:
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from export.checkpoints import Checkpoint
 from export.seeded import write_seeded
 from export.serve import Ports, Server
 from export.to_repository import repository_from_checkpoint
+
+os.environ["TRITON_INTERPRET"] = "1"  # of our kernels; read when anything imports Triton, as torch and transformers may
 
 
 @pytest.fixture

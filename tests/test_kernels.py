@@ -1,12 +1,9 @@
 """Our GPU kernels in Triton's interpreter, against plain torch: the arithmetic, not the speed or what a GPU makes of it."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 kernels = pytest.importorskip("export.models.kernels", reason="Triton is there on Linux alone", exc_type=ImportError)
 
 from export.models.hiera import join_windows, split_windows  # noqa: E402

@@ -1,6 +1,6 @@
 """Kernels in Triton for what a GPU's libraries are slow at, in half precision (docs/performance.md).
 
-Imported where there is a GPU: torch brings Triton along there, and nowhere else.
+Imported while something is exported for a GPU (`layers.by_kernels`): torch brings Triton along there, and nowhere else.
 """
 
 from __future__ import annotations

@@ -326,21 +326,26 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_one_token(x) and by_kernels(self.gate_up_proj.weight):
-            from . import kernels
-
-            return product(self.down_proj, kernels.row_product(x, self.gate_up_proj.weight, gated=True))
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return product(self.down_proj, product(self.gate_up_proj, x, gated=True))
 
 
-def product(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer without bias; of a single token, in half precision on a GPU, by a kernel for that."""
+def product(linear: nn.Linear, x: Tensor, gated: bool = False) -> Tensor:
+    """A linear layer without bias; of a single token, in half precision on a GPU, by a kernel for that.
+
+    Args:
+        linear: the layer.
+        x: [N, S, C]
+        gated: the first half of what the layer gives is a gate for the other: silu(gate) * up.
+    """
     if is_one_token(x) and by_kernels(linear.weight):
         from . import kernels
 
-        return kernels.row_product(x, linear.weight)  # type: ignore[no-any-return]
-    return linear(x)  # type: ignore[no-any-return]
+        return kernels.row_product(x, linear.weight, gated)  # type: ignore[no-any-return]
+    y: Tensor = linear(x)
+    if not gated:
+        return y
+    gate, up = y.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def is_one_token(x: Tensor) -> bool:

@@ -59,6 +59,11 @@ class LayerNorm2d(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+def linear_relu(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer and ReLU."""
+    return F.relu(layer(x))
+
+
 class MLP(nn.Module):
     """Linear layers with an activation between them (sam2_utils.py MLP).
 
@@ -69,23 +74,18 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, width: int, hidden: int, out: int, depth: int, activated: Callable[[nn.Linear, Tensor], Tensor] | None = None
+        self, width: int, hidden: int, out: int, depth: int, activated: Callable[[nn.Linear, Tensor], Tensor] = linear_relu
     ) -> None:
         super().__init__()
         sizes = [width, *[hidden] * (depth - 1), out]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.activated = activated or linear_relu
+        self.activated = activated
 
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
         for layer in hidden:
             x = self.activated(layer, x)  # type: ignore[arg-type]
         return last(x)  # type: ignore[no-any-return]
-
-
-def linear_relu(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer and ReLU."""
-    return F.relu(layer(x))
 
 
 def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
