@@ -23,7 +23,7 @@ from . import settings
 from .components import components
 from .config import ModelConfig
 from .errors import SparrowError, from_wire, known, to_wire
-from .frames import EncoderFrame
+from .frames import Preprocessor
 from .graph import parts
 from .metrics import Metric, Metrics
 from .pipeline import Pipeline
@@ -119,12 +119,11 @@ class GraphModel(Model):
 class FunctionModel(Model):
     """Serves a function of one request, which leaves the interpreter to others: requests that wait together run beside each other."""
 
-    open_function: Callable[[dict[str, str]], Callable[[Arrays, ModelConfig], dict[str, DeviceArray]]]
-    """Settings to the function."""
+    open_function: Callable[[dict[str, str], ModelConfig], Callable[[Arrays], dict[str, DeviceArray]]]
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
-        self._function = self.open_function(self.settings)
+        self._function = self.open_function(self.settings, self.config)
         self._pool = ThreadPoolExecutor(settings.MAX_FRAME_BATCH, thread_name_prefix=self.name)
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -136,7 +135,7 @@ class FunctionModel(Model):
 
     def _run(self, inputs: Arrays) -> dict[str, DeviceArray] | SparrowError:
         try:
-            return add_batch(self._function(inputs, self.config))
+            return add_batch(self._function(inputs))
         except Exception as error:
             return known(self.name, error)
 
@@ -205,15 +204,14 @@ class StreamModel(Model):
 
     open_graphs: OpenGraphs
     open_device: Callable[[dict[str, str]], Device]
-    open_encoder_frame: Callable[[dict[str, str]], EncoderFrame]
-    """Settings to what brings frames to their size."""
+    open_preprocessor: Callable[[dict[str, str], ModelConfig], Preprocessor]
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
         names = [part.name for part in parts(components(self.config), self.name)]
         graphs = self.open_graphs(self.settings, self.folder, names, self.config)
         runner = BlsRunner(self.config, graphs, self.open_device(self.settings))
-        self._pipeline = Pipeline(self.config, Tokenizer(self.folder), runner, self.open_encoder_frame(self.settings))
+        self._pipeline = Pipeline(self.config, Tokenizer(self.folder), runner, self.open_preprocessor(self.settings, self.config))
         self._pool = ThreadPoolExecutor(settings.MAX_REQUESTS, thread_name_prefix=self.name)
 
     def execute(self, requests: list[Any]) -> None:

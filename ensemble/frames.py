@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -18,7 +21,36 @@ from .tensors import Array, Arrays
 VALUES = np.arange(256, dtype=np.uint8)
 """Of a channel of a pixel."""
 
-EncoderFrame = Callable[[Array, ModelConfig], Mapping[str, DeviceArray]]
+
+class Preprocessor(Protocol):
+    """Brings frames, [H, W, 3] uint8 RGB, to the sizes and values of the encoders."""
+
+    def tower_frames(self, frames: Sequence[Array], *names: str) -> dict[str, DeviceArray]:
+        """Inputs of the vision towers: `context_frames` and `video_frames`, as `names` say, [N, 3, S, S] float32 of N frames."""
+
+    def encoder_frame(self, frame: Array) -> dict[str, DeviceArray]:
+        """Inputs of frame_encoder for one frame, as this module's `encoder_frame`."""
+
+
+class HostPreprocessor:
+    """By Pillow and OpenCV, as the original.
+
+    Args:
+        config: sizes.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+
+    def tower_frames(self, frames: Sequence[Array], *names: str) -> Arrays:
+        """All pictures of both towers at once: resizing leaves the interpreter to others."""
+        resize = {"context_frames": context_frame, "video_frames": video_frame}
+        with ThreadPoolExecutor() as pool:
+            resized = {name: pool.map(resize[name], frames, repeat(self._config)) for name in names}
+            return {name: np.stack(list(own)) for name, own in resized.items()}
+
+    def encoder_frame(self, frame: Array) -> Arrays:
+        return encoder_frame(frame, self._config)
 
 
 def encoder_indices(num_frames: int, wanted: int) -> list[int]:
@@ -69,12 +101,20 @@ def context_frame(frame: Array, config: ModelConfig) -> Array:
         [3, S, S] float32, S = config.context.image_size.
     """
     size = config.context.image_size
-    height, width = frame.shape[:2]
-    short = min(height, width)
-    resized = Image.fromarray(frame).resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
-    top, left = (resized.height - size) // 2, (resized.width - size) // 2
-    crop = np.asarray(resized)[top : top + size, left : left + size]
-    return looked_up(crop, scaled_values(settings.CLIP_MEAN, settings.CLIP_STD))
+    height, width = context_size(frame.shape[0], frame.shape[1], size)
+    resized = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+    return looked_up(resized[centre(height, size), centre(width, size)], context_values())
+
+
+def context_size(height: int, width: int, short: int) -> tuple[int, int]:
+    """Height and width of a frame whose shorter side is brought to `short`."""
+    shorter = min(height, width)
+    return int(short * height / shorter), int(short * width / shorter)
+
+
+def centre(side: int, size: int) -> slice:
+    """The `size` pixels in the middle of a side."""
+    return slice((side - size) // 2, (side - size) // 2 + size)
 
 
 def video_frame(frame: Array, config: ModelConfig) -> Array:
@@ -87,7 +127,7 @@ def video_frame(frame: Array, config: ModelConfig) -> Array:
     """
     size = config.video.image_size
     resized = cv2.resize(frame, (size, size), interpolation=cv2.INTER_LINEAR)
-    return looked_up(resized, normalised(VALUES / 255.0, settings.IMAGENET_MEAN, settings.IMAGENET_STD).astype(np.float32))
+    return looked_up(resized, video_values())
 
 
 def picture(frame: Array, config: ModelConfig) -> Array:
@@ -132,11 +172,9 @@ def grounding_frame(frame: Array, config: ModelConfig) -> Array:
     return stretch(stretch(normal, 1, size), 2, size)
 
 
-def session_frame(inputs: Arrays, config: ModelConfig, encoder_frame: EncoderFrame = encoder_frame) -> dict[str, DeviceArray]:
+def session_frame(inputs: Arrays, preprocessor: Preprocessor) -> dict[str, DeviceArray]:
     """The component `frame_preprocessor`; an empty frame (the session only closes) becomes a black one of size 0, 0.
 
-    Args:
-        encoder_frame: this module's, or one that does the same on a GPU.
     Raises:
         InvalidInput: the frame is too small or too large.
     """
@@ -146,7 +184,7 @@ def session_frame(inputs: Arrays, config: ModelConfig, encoder_frame: EncoderFra
         check_frame_size(height, width, "sparrow_track.frame")
     else:
         frame = np.zeros((1, 1, 3), np.uint8)
-    return {**encoder_frame(frame, config), "frame_size": np.array([height, width], np.int32)}
+    return {**preprocessor.encoder_frame(frame), "frame_size": np.array([height, width], np.int32)}
 
 
 def stretch(x: Array, axis: int, size: int) -> Array:
@@ -188,6 +226,16 @@ def proposal_frame(picture: Array) -> Array:
         [1, 3, P, P] float32.
     """
     return looked_up(picture, scaled_values(settings.IMAGENET_MEAN, settings.IMAGENET_STD))[None]
+
+
+def context_values() -> Array:
+    """What CLIP sees of every value of a pixel: [3, 256] float32."""
+    return scaled_values(settings.CLIP_MEAN, settings.CLIP_STD)
+
+
+def video_values() -> Array:
+    """What InternVideo2 sees of every value of a pixel: [3, 256] float32."""
+    return normalised(VALUES / 255.0, settings.IMAGENET_MEAN, settings.IMAGENET_STD).astype(np.float32)
 
 
 def scaled_values(mean: Sequence[float], std: Sequence[float]) -> Array:

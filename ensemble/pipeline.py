@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import repeat
 from threading import Lock
 from typing import Any
 
@@ -127,13 +126,11 @@ class Pipeline:
         config: sizes of the model.
         tokenizer: of the checkpoint.
         runner: reaches every other component.
-        encoder_frame: brings frames to their size: `ensemble.frames.encoder_frame`, or one that does the same on a GPU.
+        preprocessor: brings frames to the sizes of the encoders.
     """
 
-    def __init__(
-        self, config: ModelConfig, tokenizer: Tokenizer, runner: Runner, encoder_frame: preprocess.EncoderFrame = preprocess.encoder_frame
-    ) -> None:
-        self.config, self.tokenizer, self.runner, self.encoder_frame = config, tokenizer, runner, encoder_frame
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, runner: Runner, preprocessor: preprocess.Preprocessor) -> None:
+        self.config, self.tokenizer, self.runner, self.preprocessor = config, tokenizer, runner, preprocessor
         self._contract = components(config)["sparrow"]
 
     def answer(self, inputs: Arrays, parameters: Parameters) -> Generator[Arrays]:
@@ -178,7 +175,7 @@ class Pipeline:
         answer = Answer(self.tokenizer, self.config.language)
         with timings.stage("vision"):
             indices = preprocess.encoder_indices(len(clip.frames), self.config.num_frames) if clip.is_video else [0]
-            seen = clip.frames[indices]
+            seen = [clip.frames[index] for index in indices]
             request: dict[str, Any] = {"prompt_ids": ids, "visual_tokens": self._visual_tokens(seen, clip.is_video)}
             request |= self._target_tokens(indices, inputs, clip, options)
         sampling = Sampling(options.temperature, options.top_k, options.seed)
@@ -206,23 +203,17 @@ class Pipeline:
             return {"target_tokens": np.zeros((most, self.config.language.width), np.float32)}
         else:
             return {}
-        context = self._resized(crops, context_frames=preprocess.context_frame)
+        context = self.preprocessor.tower_frames(crops, "context_frames")
         features = self.runner.run("image_encoder", context)["image_tokens"].mean(1)  # [n, S, H] -> [n, H]
         return {"target_tokens": targets.medoids(features, options.target_tokens, options.target_kmeans_steps)[:most]}
 
-    def _visual_tokens(self, seen: Array, is_video: bool) -> DeviceArray:
+    def _visual_tokens(self, seen: Sequence[Array], is_video: bool) -> DeviceArray:
         """[S, H] float32."""
         if not is_video:
-            inputs = self._resized(list(seen), context_frames=preprocess.context_frame)
+            inputs = self.preprocessor.tower_frames(seen, "context_frames")
             return self.runner.run("image_encoder", inputs, on_device=True)["image_tokens"][0]  # [1, S, H] -> [S, H]
-        inputs = self._resized(list(seen), context_frames=preprocess.context_frame, video_frames=preprocess.video_frame)
+        inputs = self.preprocessor.tower_frames(seen, "context_frames", "video_frames")
         return self.runner.run("vision_encoder", inputs, on_device=True)["visual_tokens"]
-
-    def _resized(self, pictures: Sequence[Array], **towers: Callable[[Array, ModelConfig], Array]) -> Arrays:
-        """The inputs of the towers, all pictures at once: resizing leaves the interpreter to others."""
-        with ThreadPoolExecutor() as pool:
-            resized = {name: pool.map(resize, pictures, repeat(self.config)) for name, resize in towers.items()}
-            return {name: np.stack(list(own)) for name, own in resized.items()}
 
     def _proposals(self, clip: Clip, options: Options, timings: Timings) -> Arrays:
         """Boxes of frame 0."""
@@ -399,7 +390,7 @@ class FrameFeatures:
 
     def _encode(self, index: int) -> Arrays:
         with self._timings.stage("preprocess"):
-            frame = self._pipeline.encoder_frame(self._clip.frames[index], self._pipeline.config)
+            frame = self._pipeline.preprocessor.encoder_frame(self._clip.frames[index])
         with self._timings.stage("encode"):
             return self._pipeline.runner.run("frame_encoder", {name: array[None] for name, array in frame.items()}, on_device=True)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ensemble.frames import HostPreprocessor
 from ensemble.generation import Decoder, LanguageModel
 from ensemble.pipeline import Pipeline
 from ensemble.runner import Device, Graph, Host, LocalRunner
@@ -39,4 +40,4 @@ def pipeline(checkpoint: Checkpoint, graphs: Mapping[str, Graph], decoder: Decod
     runner = LocalRunner(graphs)
     runner.stateful["language_model"] = LanguageModel(checkpoint.config, decoder)
     runner.stateful["tracker"] = Tracker(checkpoint.config, graphs, device)
-    return Pipeline(checkpoint.config, Tokenizer(checkpoint.path("sparrow")), runner)
+    return Pipeline(checkpoint.config, Tokenizer(checkpoint.path("sparrow")), runner, HostPreprocessor(checkpoint.config))

@@ -1,9 +1,10 @@
-"""A caller's frame to the encoder's picture on this process's GPU, in the integers of Pillow (`ensemble.frames.picture`)."""
+"""Callers' frames to the inputs of the encoders on this process's GPU, in the integers of Pillow and OpenCV (ADR 0019)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from ensemble import frames
 from ensemble.config import ModelConfig
-from ensemble.frames import EncoderFrame, picture_size, session_frame
+from ensemble.frames import HostPreprocessor, Preprocessor, centre, context_size, picture_size, session_frame
 from ensemble.runner import DeviceArray
 from ensemble.tensors import Array, Arrays
 
@@ -20,64 +21,172 @@ from .runners import TorchDevice, torch_device
 if TYPE_CHECKING:
     from torch import Tensor
 
-FRACTION_BITS = 22
-"""Of Pillow's weights (Resample.c)."""
+PILLOW_BITS = 22
+"""Of a weight's fraction (Resample.c)."""
+OPENCV_BITS = 11
+"""Of a weight's fraction (resize.cpp INTER_RESIZE_COEF_BITS)."""
+ALL = slice(None)
 
 
-def open_session_frame(settings: Mapping[str, str]) -> Callable[[Arrays, ModelConfig], dict[str, DeviceArray]]:
-    """The component `frame_preprocessor`, as its config.pbtxt says."""
-    return partial(session_frame, encoder_frame=open_encoder_frame(settings))
+@dataclass(frozen=True)
+class Filter:
+    """A filter of Pillow's (Resample.c).
 
-
-def open_encoder_frame(settings: Mapping[str, str]) -> EncoderFrame:
-    """What brings frames to their size, as resize_on in a config.pbtxt says: gpu (where there is one), or cpu, by Pillow itself."""
-    on_gpu = settings["resize_on"] == "gpu" and torch_device() == "cuda"
-    return encoder_frame if on_gpu else frames.encoder_frame
-
-
-def encoder_frame(frame: Array, config: ModelConfig) -> dict[str, DeviceArray]:
-    """As `ensemble.frames.encoder_frame`, but `pictures` stays on the device, where it has been computed when this returns.
-
-    Every row is resized, rounded, then every column: as Pillow, but for frames of which it takes the columns first, which differ by one
-    grey level here and there.
+    Args:
+        weight: distance from the centre, in pixels of the smaller picture, to a weight.
+        support: distance from which on it is 0.
     """
+
+    weight: Callable[[Array], Array]
+    support: float
+
+
+def triangle(x: Array) -> Array:
+    return np.maximum(1 - abs(x), 0)
+
+
+def cubic(x: Array, a: float = -0.5) -> Array:
+    x = abs(x)
+    return np.select([x < 1, x < 2], [((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a])
+
+
+BILINEAR, BICUBIC = Filter(triangle, 1), Filter(cubic, 2)
+
+
+def open_preprocessor(settings: Mapping[str, str], config: ModelConfig) -> Preprocessor:
+    """What brings frames to their size, as resize_on in a config.pbtxt says: gpu (where there is one), or cpu, by Pillow and OpenCV."""
+    on_gpu = settings["resize_on"] == "gpu" and torch_device() == "cuda"
+    return TorchPreprocessor(config) if on_gpu else HostPreprocessor(config)
+
+
+def open_session_frame(settings: Mapping[str, str], config: ModelConfig) -> Callable[[Arrays], dict[str, DeviceArray]]:
+    """The component `frame_preprocessor`."""
+    return partial(session_frame, preprocessor=open_preprocessor(settings, config))
+
+
+class TorchPreprocessor:
+    """A `Preprocessor` whose results stay on the device, where they have been computed when it returns.
+
+    Every row is resized, then every column: as Pillow, which rounds in between, but for frames of which it takes the columns first, which
+    differ by one grey level here and there; and as OpenCV.
+
+    Args:
+        config: sizes.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config, self._device = config, TorchDevice()
+
+    def tower_frames(self, frames: Sequence[Array], *names: str) -> dict[str, DeviceArray]:
+        import torch
+
+        resize = {"context_frames": self._context_frames, "video_frames": self._video_frames}
+        pixels = [self._device.put(frame) for frame in frames]
+        together = [torch.stack(pixels)] if len({frame.shape for frame in frames}) == 1 else [own[None] for own in pixels]
+        resized = {name: torch.cat([resize[name](own) for own in together]) for name in names}
+        self._device.wait()
+        return resized
+
+    def encoder_frame(self, frame: Array) -> dict[str, DeviceArray]:
+        import torch
+
+        size, (height, width) = self._config.sam2.image_size, picture_size(frame, self._config)
+        pixels = self._device.put(frame)[None]
+        square = torch.zeros(size, size, 3, dtype=torch.uint8, device=pixels.device)
+        square[:height, :width] = resized(pixels, height, width, BILINEAR)[0]
+        self._device.wait()
+        return {"pictures": square, "picture_sizes": np.array([height, width])}
+
+    def _context_frames(self, pixels: Tensor) -> Tensor:
+        """As `frames.context_frame`: [N, H, W, 3] uint8 -> [N, 3, S, S] float32."""
+        size = self._config.context.image_size
+        height, width = context_size(pixels.shape[1], pixels.shape[2], size)
+        return looked_up(resized(pixels, height, width, BICUBIC, centre(height, size), centre(width, size)), frames.context_values())
+
+    def _video_frames(self, pixels: Tensor) -> Tensor:
+        """As `frames.video_frame`: [N, H, W, 3] uint8 -> [N, 3, S, S] float32."""
+        return looked_up(stretched(pixels, self._config.video.image_size), frames.video_values())
+
+
+def looked_up(pixels: Tensor, channels: Array) -> Tensor:
+    """As `frames.looked_up`: [N, H, W, 3] uint8 and [3, 256] -> [N, 3, H, W]."""
     import torch
 
-    device, size, (height, width) = TorchDevice(), config.sam2.image_size, picture_size(frame, config)
-    pixels = device.put(frame)
-    square = torch.zeros(size, size, 3, dtype=torch.uint8, device=pixels.device)
-    square[:height, :width] = resized(resized(pixels, 1, width), 0, height)
-    device.wait()
-    return {"pictures": square, "picture_sizes": np.array([height, width])}
+    tables = torch.from_numpy(channels).to(pixels.device)
+    return torch.stack([table[pixels[..., channel].int()] for channel, table in enumerate(tables)], 1)
 
 
-def resized(x: Tensor, axis: int, size: int) -> Tensor:
-    """Antialiased bilinear resize of one axis, rounded: [..., n, ...] uint8 -> [..., size, ...] uint8."""
+def resized(pixels: Tensor, height: int, width: int, filter: Filter, rows: slice = ALL, columns: slice = ALL) -> Tensor:
+    """As Pillow: [N, H, W, 3] uint8 -> [N, height, width, 3] uint8, of which only some rows and columns are made."""
+    return along(along(pixels, 2, width, filter, columns), 1, height, filter, rows)
+
+
+def along(x: Tensor, axis: int, size: int, filter: Filter, kept: slice) -> Tensor:
+    """Antialiased resize of one axis, rounded: [..., n, ...] uint8 -> [..., size, ...] uint8, of which some places are kept."""
     import torch
 
     if x.shape[axis] == size:
-        return x
-    total = torch.full((), 1 << FRACTION_BITS - 1, dtype=torch.int32, device=x.device)
-    for sources, weights in zip(*taps(x.shape[axis], size, x.device.type), strict=True):
-        total = total + x.index_select(axis, sources).int() * weights.reshape([-1 if axis == other else 1 for other in range(x.ndim)])
-    return (total >> FRACTION_BITS).clamp(0, 255).byte()
+        return x.narrow(axis, kept.start or 0, len(range(size)[kept]))
+    total = torch.full((), 1 << PILLOW_BITS - 1, dtype=torch.int32, device=x.device)
+    for sources, weights in zip(*taps(x.shape[axis], size, filter, x.device.type), strict=True):
+        total = total + x.index_select(axis, sources[kept]).int() * across(weights[kept], axis, x)
+    return (total >> PILLOW_BITS).clamp(0, 255).byte()
+
+
+def across(line: Tensor, axis: int, x: Tensor) -> Tensor:
+    """[n] in the shape in which it goes along one axis of x."""
+    return line.reshape([-1 if axis == other else 1 for other in range(x.ndim)])
 
 
 @lru_cache(64)  # of both axes of frames of 32 sizes: callers may send any number of sizes
-def taps(size: int, new_size: int, device: str) -> tuple[Tensor, Tensor]:
+def taps(size: int, new_size: int, filter: Filter, device: str) -> tuple[Tensor, Tensor]:
     """What each new pixel is the sum of (Resample.c precompute_coeffs, normalize_coeffs_8bpc).
 
     Returns:
-        source pixels [K, new_size] int64 and their weights [K, new_size] int32, in units of 2**-FRACTION_BITS.
+        source pixels [K, new_size] int64 and their weights [K, new_size] int32, in units of 2**-PILLOW_BITS.
     """
     import torch
 
     scale = size / new_size
-    reach = max(scale, 1.0)
-    centre = (np.arange(new_size) + 0.5) * scale
-    first = np.maximum((centre - reach + 0.5).astype(np.int64), 0)
-    last = np.minimum((centre + reach + 0.5).astype(np.int64), size)
+    stretch = max(scale, 1.0)
+    reach = filter.support * stretch
+    middle = (np.arange(new_size) + 0.5) * scale
+    first = np.maximum((middle - reach + 0.5).astype(np.int64), 0)
+    last = np.minimum((middle + reach + 0.5).astype(np.int64), size)
     sources = first + np.arange(2 * math.ceil(reach) + 1)[:, None]
-    weights = np.where(sources < last, np.maximum(1 - np.abs((sources - centre + 0.5) / reach), 0), 0)
-    weights = (weights / weights.sum(0) * (1 << FRACTION_BITS) + 0.5).astype(np.int32)
-    return torch.from_numpy(np.minimum(sources, size - 1)).to(device), torch.from_numpy(weights).to(device)
+    weights = np.where(sources < last, filter.weight((sources - middle + 0.5) / stretch), 0)
+    weights = weights / weights.sum(0) * (1 << PILLOW_BITS)
+    rounded = np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
+    return torch.from_numpy(np.minimum(sources, size - 1)).to(device), torch.from_numpy(rounded).to(device)
+
+
+def stretched(pixels: Tensor, size: int) -> Tensor:
+    """As OpenCV's INTER_LINEAR: [N, H, W, 3] uint8 -> [N, size, size, 3] uint8 (resize.cpp HResizeLinear, VResizeLinear)."""
+    _, height, width, _ = pixels.shape
+    (left, right), across_x = neighbours(width, size, True, pixels.device.type)
+    (above, below), across_y = neighbours(height, size, False, pixels.device.type)
+    x = pixels.int()
+    lines = [x.index_select(2, source) * across(weight, 2, x) for source, weight in zip((left, right), across_x, strict=True)]
+    x = lines[0] + lines[1] >> 4
+    lines = [x.index_select(1, source) * across(weight, 1, x) >> 16 for source, weight in zip((above, below), across_y, strict=True)]
+    return (lines[0] + lines[1] + 2 >> 2).byte()
+
+
+@lru_cache(64)
+def neighbours(size: int, new_size: int, at_edges: bool, device: str) -> tuple[Tensor, Tensor]:
+    """The two pixels that each new one lies between, and how much of each it takes.
+
+    Args:
+        at_edges: beyond the outermost pixels it takes nothing of the second; else both are the same.
+    Returns:
+        [2, new_size] int64 and [2, new_size] int32, in units of 2**-OPENCV_BITS.
+    """
+    import torch
+
+    place = ((np.arange(new_size) + 0.5) * (size / new_size) - 0.5).astype(np.float32)
+    first = np.floor(place).astype(np.int64)
+    share = place - first.astype(np.float32)
+    if at_edges:
+        share[(first < 0) | (first >= size - 1)] = 0
+    weights = np.rint(np.stack([1 - share, share]) * (1 << OPENCV_BITS)).astype(np.int32)
+    return torch.from_numpy(np.stack([first, first + 1]).clip(0, size - 1)).to(device), torch.from_numpy(weights).to(device)

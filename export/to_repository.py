@@ -141,8 +141,9 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
         kind = "KIND_GPU" if native else "KIND_MODEL"  # in Python the graphs find their GPU themselves
     else:
         kind = "KIND_MODEL" if model.serving == "function" and on_gpu else "KIND_CPU"
-    if model.serving in ("function", "stream"):  # for the frame encoder, which takes what they leave on a GPU
-        parameters["resize_on"] = "gpu" if on_gpu else "cpu"
+    if model.serving in ("function", "stream"):  # for graphs, all of which have to take what is left on a GPU
+        takers = ["frame_encoder", *(part.name for part in graph.parts(contracts, model.name))]
+        parameters["resize_on"] = "gpu" if all(engine.of(taker).engine_kind != "onnx" for taker in takers) else "cpu"
     # One process, also where there are several GPUs: state is in it, and frames of a session cannot overtake each other.
     fields["instance_group"] = [{"kind": kind, "count": 1}]
     if model.name == "tracker":

@@ -8,7 +8,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from ensemble.components import TARGET_PLACEHOLDER, VISUAL_PLACEHOLDER
 from ensemble.config import TINY, LanguageConfig
-from ensemble.frames import encoder_indices
+from ensemble.frames import HostPreprocessor, encoder_indices
 from ensemble.options import Options
 from ensemble.pipeline import Clip, Pipeline
 from ensemble.runner import LocalRunner
@@ -209,7 +209,7 @@ def target_tokens(case):
     """[n, C]: what the pipeline puts in the place of the target."""
     checkpoint = goldens.checkpoint(case.pack)
     images = TorchGraph(checkpoint.build("image_encoder"), "image_encoder")
-    pipeline = Pipeline(checkpoint.config, None, LocalRunner({"image_encoder": images}))
+    pipeline = Pipeline(checkpoint.config, None, LocalRunner({"image_encoder": images}), HostPreprocessor(checkpoint.config))
     indices = encoder_indices(len(case.frames), checkpoint.config.num_frames) if case.is_video else [0]
     request = pipeline._target_tokens(indices, case.inputs, Clip(case.frames, case.is_video), Options.from_parameters(case.options))
     return torch.from_numpy(request["target_tokens"])

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 from sparrow_client import Prompt, SparrowClient, SparrowClientError
 
-from ensemble.frames import session_frame
+from ensemble.frames import HostPreprocessor, session_frame
 from ensemble.runner import LocalRunner, open_session
 from ensemble.tracker import Tracker
 from export.checkpoints import SOURCES, Checkpoint, read_tensors
@@ -103,7 +103,7 @@ def test_sam2_file_tracks_a_box_a_point_and_a_mask_as_in_this_process(tracking, 
     prompts = [Prompt(0, boxes=BOX), Prompt(1, points=point), Prompt(2, mask=mask[0])]
     with tracking.track(prompts, in_flight=0) as session, open_session(runner, "tracker", {"mask_format": "bits"}) as local:
         for index, frame in enumerate(CLIP[:2]):
-            inputs = session_frame({"frame": frame}, sam2.config)
+            inputs = session_frame({"frame": frame}, HostPreprocessor(sam2.config))
             features = runner.run("frame_encoder", {name: inputs[name][None] for name in ("pictures", "picture_sizes")})
             one_frame = {name: array[0] for name, array in features.items()}
             expected = local.step({**one_frame, "frame_size": inputs["frame_size"], **({} if index else start)})

@@ -19,7 +19,7 @@ from ensemble import metrics, settings
 from ensemble.components import components
 from ensemble.config import TINY
 from ensemble.errors import Cancelled, CapacityExceeded, ComponentFailed, InvalidInput, UnknownSession
-from ensemble.frames import session_frame
+from ensemble.frames import HostPreprocessor, session_frame
 from ensemble.masks import resize
 from ensemble.memory import bank_bytes
 from ensemble.runner import CLOSING, Host, SequenceRequest
@@ -918,10 +918,10 @@ def test_limits_that_make_no_sense_are_refused(changed):
 @pytest.mark.parametrize("shape", [(0, 40, 3), (40, 0, 3), (4, 40, 3), (40, 5000, 3)])
 def test_frame_is_refused_before_it_reaches_the_tracker_when_a_side_is_out_of_range(shape):
     with pytest.raises(InvalidInput, match=rf"sparrow_track.frame: got a frame of {shape[0]}x{shape[1]} px, expected 8..4096"):
-        session_frame({"frame": np.zeros(shape, np.uint8)}, TINY)
+        session_frame({"frame": np.zeros(shape, np.uint8)}, HostPreprocessor(TINY))
 
 
 def test_empty_frame_becomes_the_closing_request():
-    outputs = session_frame({"frame": np.zeros((0, 0, 3), np.uint8)}, TINY)
+    outputs = session_frame({"frame": np.zeros((0, 0, 3), np.uint8)}, HostPreprocessor(TINY))
     assert outputs["frame_size"].tolist() == CLOSING["tracker"]["frame_size"].tolist()
     assert outputs["pictures"].shape == (SAM2.image_size, SAM2.image_size, 3)

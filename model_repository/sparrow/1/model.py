@@ -1,9 +1,9 @@
 from ensemble.backend import StreamModel
-from export.resize import open_encoder_frame
+from export.resize import open_preprocessor
 from export.runners import open_device, open_graphs
 
 
 class TritonPythonModel(StreamModel):
     open_graphs = staticmethod(open_graphs)
     open_device = staticmethod(open_device)
-    open_encoder_frame = staticmethod(open_encoder_frame)
+    open_preprocessor = staticmethod(open_preprocessor)
