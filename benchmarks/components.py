@@ -77,7 +77,7 @@ def measure(repository: Path, only: Sequence[str] = (), compiled: bool = False, 
 
 
 def repository_config(repository: Path) -> ModelConfig:
-    return ModelConfig.load(repository / "frame_encoder" / "1" / "config.json")
+    return ModelConfig.load(repository / "tracker" / "1" / "config.json")
 
 
 def engine_folders(repository: Path, config: ModelConfig) -> dict[str, Path]:

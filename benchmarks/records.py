@@ -90,7 +90,7 @@ def environment(url: str, preset: str) -> dict[str, Any]:
             if key.startswith("engine_kind")
         },
         "preset": preset,
-        "precision": parameters["frame_encoder"]["precision"]["string_value"],
+        "precision": parameters["tracker"]["precision"]["string_value"],
     }
 
 

@@ -23,6 +23,7 @@ from . import settings
 from .components import components
 from .config import ModelConfig
 from .errors import SparrowError, from_wire, known, to_wire
+from .features import FrameFeatures
 from .frames import Preprocessor
 from .graph import parts
 from .metrics import Metric, Metrics
@@ -81,39 +82,27 @@ class Model:
 
 OpenGraphs = Callable[[dict[str, str], Path, Sequence[str], ModelConfig], dict[str, Graph]]
 """Settings, folder, components and sizes to loaded graphs."""
+OpenDevice = Callable[[dict[str, str]], Device]
+"""Settings to where graphs take and leave their arrays."""
+OpenPreprocessor = Callable[[dict[str, str], ModelConfig], Preprocessor]
+"""Settings and sizes to what prepares frames."""
 
 
-class GraphModel(Model):
-    """Serves one exported graph; several requests run together."""
+class FramesModel(Model):
+    """Serves frames of several requests through one graph."""
 
     open_graphs: OpenGraphs
-    open_device: Callable[[dict[str, str]], Device]
-    """Settings to where the graph takes and leaves its arrays."""
+    open_device: OpenDevice
+    open_preprocessor: OpenPreprocessor
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
-        self.device = self.open_device(self.settings)
-        self.graph = self.open_graphs(self.settings, self.folder, [self.name], self.config)[self.name]
+        (encoder,) = self.open_graphs(self.settings, self.folder, ["frame_encoder"], self.config).values()
+        self._features = FrameFeatures(self.open_preprocessor(self.settings, self.config), encoder, self.open_device(self.settings))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        inputs = [read_inputs(request, self.device) for request in requests]
-        sizes = [len(next(iter(arrays.values()))) for arrays in inputs]
-        outputs = self._run({name: self.device.join([arrays[name] for arrays in inputs]) for name in inputs[0]})
-        if isinstance(outputs, SparrowError):
-            return [to_response(outputs) for _ in requests]
-        stops = np.cumsum(sizes).tolist()
-        return [
-            to_response({name: array[stop - size : stop] for name, array in outputs.items()})
-            for size, stop in zip(sizes, stops, strict=True)
-        ]
-
-    def _run(self, inputs: Mapping[str, DeviceArray]) -> Mapping[str, DeviceArray] | SparrowError:
-        try:
-            outputs = self.device.run(self.graph, inputs)
-            self.device.wait()
-            return outputs
-        except Exception as error:
-            return known(self.name, error)
+        results = self._features.step([strip_batch(read_inputs(request)) for request in requests])
+        return [to_response(result if isinstance(result, SparrowError) else add_batch(result)) for result in results]
 
 
 class FunctionModel(Model):
@@ -203,8 +192,8 @@ class StreamModel(Model):
     """Serves the pipeline: many responses to one request, several requests at once."""
 
     open_graphs: OpenGraphs
-    open_device: Callable[[dict[str, str]], Device]
-    open_preprocessor: Callable[[dict[str, str], ModelConfig], Preprocessor]
+    open_device: OpenDevice
+    open_preprocessor: OpenPreprocessor
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
@@ -256,11 +245,15 @@ class BlsRunner:
         self._graphs, self._device = graphs, device
         self._locks: defaultdict[str, Lock] = defaultdict(Lock)
 
+    @property
+    def on_gpu(self) -> bool:
+        return self._device.on_gpu
+
     def run(self, component: str, inputs: Arrays, on_device: bool = False) -> dict[str, DeviceArray]:
-        on_device = on_device and self._device.on_gpu
+        on_device = on_device and self.on_gpu
         if component not in self._graphs:
             gpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, 0)
-            return self._exec(component, inputs, **({"preferred_memory": gpu} if on_device else {}))
+            return strip_batch(self._exec(component, add_batch(inputs), **({"preferred_memory": gpu} if on_device else {})))
         graph = self._graphs[component]
         with self._locks[component]:
             return self._device.run(graph, inputs) if on_device else graph.run(inputs)

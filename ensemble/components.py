@@ -60,6 +60,7 @@ TRACKING = (
     "mask_decoder",
     "memory_encoder",
     "frame_preprocessor",
+    "frame_features",
     "tracker",
     "sparrow_track",
 )
@@ -82,8 +83,13 @@ def propagation(config: ModelConfig) -> Component:
     )
 
 
-def components(config: ModelConfig) -> dict[str, Component]:
-    """The contracts at one size of the model, by name, in dataflow order."""
+def components(config: ModelConfig, native_encoder: bool = False) -> dict[str, Component]:
+    """The contracts at one size of the model, by name, in dataflow order.
+
+    Args:
+        config: sizes.
+        native_encoder: Triton's own backend runs frame_encoder, which takes pictures of one size alone: frame_features is an ensemble then.
+    """
     context, video, language, sam2, proposer = config.context, config.video, config.language, config.sam2, config.proposer
     visual_width, dim, grid = language.width, sam2.width, sam2.grid
 
@@ -193,7 +199,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("picture_sizes", "int64", (FRAMES, 2), picture_size.doc, below=sam2.image_size + 1, above=1),
             ),
             frame_tensors,
-            serving="batched_graph",
+            serving="native_graph" if native_encoder else "graph",
         ),
         Component(
             "mask_downsampler",
@@ -324,6 +330,26 @@ def components(config: ModelConfig) -> dict[str, Component]:
         *decoded_masks,
     )
 
+    features = [
+        Component(
+            "frame_features",
+            "A caller's frame to its features (spec 1.2, 6.1).",
+            (session_frame,),
+            (*one_frame, frame_size),
+            serving="frames",
+            parts=("frame_encoder",),
+        )
+    ]
+    if native_encoder:
+        prepared = (
+            TensorSpec("pictures", picture.dtype, picture.shape, picture.doc),
+            TensorSpec("picture_sizes", picture_size.dtype, picture_size.shape, picture_size.doc),
+            frame_size,
+        )
+        features = [
+            Component("frame_preprocessor", "A caller's frame to the encoder's input.", (session_frame,), prepared, serving="function"),
+            replace(features[0], serving="ensemble", calls=("frame_preprocessor", "frame_encoder"), parts=()),
+        ]
     served = [
         Component(
             "sparrow",
@@ -360,7 +386,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
                 TensorSpec("summary", "string", (1,), "JSON, last response: answer, branch, video_init, policy, timings_ms, ..."),
             ),
             serving="stream",
-            calls=("language_model", "frame_encoder", "tracker"),
+            calls=("language_model", "frame_features", "tracker"),
             parts=("vision_encoder", "image_encoder", "proposal_detector", "proposal_selector", "mask_decoder"),
         ),
         Component(
@@ -391,17 +417,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
             serving="sequence",
             parts=("token_embedder", "language_decoder", "prompt_projector"),
         ),
-        Component(
-            "frame_preprocessor",
-            "A caller's frame to the encoder's input (spec 1.2).",
-            (session_frame,),
-            (
-                TensorSpec("pictures", picture.dtype, picture.shape, picture.doc),
-                TensorSpec("picture_sizes", picture_size.dtype, picture_size.shape, picture_size.doc),
-                frame_size,
-            ),
-            serving="function",
-        ),
+        *features,
         Component(
             "tracker",
             "One frame of tracking sessions; memories stay inside (spec 7).",
@@ -416,7 +432,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
             (session_frame, *edits),
             tracked_masks,
             serving="ensemble",
-            calls=("frame_preprocessor", "frame_encoder", "tracker"),
+            calls=("frame_features", "tracker"),
         ),
     ]
     scopes: dict[str, Callable[[str], bool]] = {

@@ -28,6 +28,9 @@ class Preprocessor(Protocol):
     def tower_frames(self, frames: Sequence[Array], *names: str) -> dict[str, DeviceArray]:
         """Inputs of the vision towers: `context_frames` and `video_frames`, as `names` say, [N, 3, S, S] float32 of N frames."""
 
+    def proposal_frame(self, frame: Array) -> DeviceArray:
+        """[1, 3, P, P] float32: input of proposal_detector for one frame, as this module's `proposal_frame`."""
+
     def encoder_frame(self, frame: Array) -> dict[str, DeviceArray]:
         """Inputs of frame_encoder for one frame, as this module's `encoder_frame`."""
 
@@ -48,6 +51,9 @@ class HostPreprocessor:
         with ThreadPoolExecutor() as pool:
             resized = {name: pool.map(resize[name], frames, repeat(self._config)) for name in names}
             return {name: np.stack(list(own)) for name, own in resized.items()}
+
+    def proposal_frame(self, frame: Array) -> Array:
+        return proposal_frame(proposal_image(grounding_frame(frame, self._config), self._config))
 
     def encoder_frame(self, frame: Array) -> Arrays:
         return encoder_frame(frame, self._config)
@@ -168,12 +174,11 @@ def grounding_frame(frame: Array, config: ModelConfig) -> Array:
         [3, S, S] float32, S = config.sam2.image_size.
     """
     size = config.sam2.image_size
-    normal = looked_up(picture(frame, config), normalised(VALUES.astype(np.float32), settings.SAM_MEAN, settings.SAM_STD))
-    return stretch(stretch(normal, 1, size), 2, size)
+    return stretch(stretch(looked_up(picture(frame, config), grounding_values()), 1, size), 2, size)
 
 
 def session_frame(inputs: Arrays, preprocessor: Preprocessor) -> dict[str, DeviceArray]:
-    """The component `frame_preprocessor`; an empty frame (the session only closes) becomes a black one of size 0, 0.
+    """The inputs of frame_encoder, and the frame's size; an empty frame (the session only closes) becomes a black one of size 0, 0.
 
     Raises:
         InvalidInput: the frame is too small or too large.
@@ -192,11 +197,17 @@ def stretch(x: Array, axis: int, size: int) -> Array:
     old = x.shape[axis]
     if old == size:
         return x
+    low, high, weights = between(old, size)
+    weight = weights.reshape([-1 if axis == other else 1 for other in range(x.ndim)])
+    stretched: Array = (1 - weight) * x.take(low, axis) + weight * x.take(high, axis)
+    return stretched
+
+
+def between(old: int, size: int) -> tuple[Array, Array, Array]:
+    """The two lines that each new one lies between, [size] int64 each, and the weight of the second, [size] float32, as in `stretch`."""
     source = np.maximum((np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(old / size) - np.float32(0.5), 0)
     low = source.astype(np.int64)
-    high = np.minimum(low + 1, old - 1)
-    weight: Array = (source - low.astype(np.float32)).reshape([-1 if axis == other else 1 for other in range(x.ndim)])
-    return (1 - weight) * x.take(low, axis) + weight * x.take(high, axis)
+    return low, np.minimum(low + 1, old - 1), source - low.astype(np.float32)
 
 
 def denormalise(grounding: Array) -> Array:
@@ -225,7 +236,17 @@ def proposal_frame(picture: Array) -> Array:
     Returns:
         [1, 3, P, P] float32.
     """
-    return looked_up(picture, scaled_values(settings.IMAGENET_MEAN, settings.IMAGENET_STD))[None]
+    return looked_up(picture, proposal_values())[None]
+
+
+def grounding_values() -> Array:
+    """What SAM2 sees of every value of a pixel: [3, 256] float32."""
+    return normalised(VALUES.astype(np.float32), settings.SAM_MEAN, settings.SAM_STD)
+
+
+def proposal_values() -> Array:
+    """What the proposer sees of every value of a pixel: [3, 256] float32."""
+    return scaled_values(settings.IMAGENET_MEAN, settings.IMAGENET_STD)
 
 
 def context_values() -> Array:

@@ -31,6 +31,7 @@ from .runner import DeviceArray, Parameters, Runner, open_session
 from .sampling import Sampling
 from .tensors import Array, Arrays
 from .tokenizer import Tokenizer
+from .tracker import FRAME_TENSORS
 
 
 @dataclass(frozen=True)
@@ -152,22 +153,20 @@ class Pipeline:
                 with_targets = "target_boxes" in inputs or "target_crop" in inputs or options.target_placeholders
                 ids = np.array(prompt_ids(self.tokenizer, read_prompt(inputs), with_targets), np.int32)
                 clip = read_clip(inputs, options)
-            with ThreadPoolExecutor(settings.FRAMES_AHEAD, thread_name_prefix="sparrow") as pool:
+            pool = ThreadPoolExecutor(settings.FRAMES_AHEAD, thread_name_prefix="sparrow")
+            try:
                 # Frames and proposals do not depend on the text: they are computed while the language model runs.
-                encoded = FrameFeatures(self, clip, pool, timings)
                 proposals = pool.submit(self._proposals, clip, options, timings) if options.detection_guidance else None
-                try:
-                    answer = yield from self._generate(ids, inputs, clip, options, timings)
-                    if options.proposal_debug:
-                        yield debug_response(
-                            preprocess.grounding_frame(clip.frames[0], self.config), proposals.result() if proposals else NO_PROPOSALS
-                        )
-                    if answer.seg:
-                        yield from self._masks(clip, answer, encoded, proposals, options, timings)
-                finally:
-                    encoded.cancel()
-                    if proposals:
-                        proposals.cancel()
+                encoded = EncodedFrames(self, clip, pool, timings)
+                answer = yield from self._generate(ids, inputs, clip, options, timings)
+                if options.proposal_debug:
+                    yield debug_response(
+                        preprocess.grounding_frame(clip.frames[0], self.config), proposals.result() if proposals else NO_PROPOSALS
+                    )
+                if answer.seg:
+                    yield from self._masks(clip, answer, encoded, proposals, options, timings)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for what nobody will read
         yield {"summary": np.array([json.dumps(self._summary(ids, clip, answer, options, timings)).encode()], object)}
 
     def _generate(self, ids: Array, inputs: Arrays, clip: Clip, options: Options, timings: Timings) -> Generator[Arrays, None, Answer]:
@@ -218,12 +217,11 @@ class Pipeline:
     def _proposals(self, clip: Clip, options: Options, timings: Timings) -> Arrays:
         """Boxes of frame 0."""
         with timings.stage("proposals"):
-            picture = preprocess.proposal_image(preprocess.grounding_frame(clip.frames[0], self.config), self.config)
-            detected = self.runner.run("proposal_detector", {"proposal_image": preprocess.proposal_frame(picture)})
+            detected = self.runner.run("proposal_detector", {"proposal_image": self.preprocessor.proposal_frame(clip.frames[0])})
             return selection.rank(detected, options.proposal_topk, options.coco_score_power, options.sa1b_score_power)
 
     def _masks(
-        self, clip: Clip, answer: Answer, encoded: FrameFeatures, proposals: Future[Arrays] | None, options: Options, timings: Timings
+        self, clip: Clip, answer: Answer, encoded: EncodedFrames, proposals: Future[Arrays] | None, options: Options, timings: Timings
     ) -> Iterator[Arrays]:
         """Yields the objects, then the masks of every frame."""
         with timings.stage("selection"):
@@ -358,8 +356,10 @@ class Pipeline:
         return "ok" if answer.seg or answer.box else "no_selector_embeddings"
 
 
-class FrameFeatures:
-    """Frame-encoder outputs of a clip, a few frames ahead of whoever reads them; each frame is encoded once.
+class EncodedFrames:
+    """Features of a clip's frames, a few frames ahead of whoever reads them; each frame is encoded once.
+
+    A GPU begins while the language model runs, whether or not the answer will want them; a CPU has no time for what may be in vain.
 
     Args:
         pipeline: encodes.
@@ -369,13 +369,12 @@ class FrameFeatures:
 
     def __init__(self, pipeline: Pipeline, clip: Clip, pool: ThreadPoolExecutor, timings: Timings) -> None:
         self._pipeline, self._clip, self._pool, self._timings = pipeline, clip, pool, timings
-        self._futures: dict[int, Future[Arrays]] = {0: pool.submit(self._encode, 0)}
+        self._futures: dict[int, Future[Arrays]] = {}
+        self._submit(range(settings.FRAMES_AHEAD if pipeline.runner.on_gpu else 1))
 
     def __getitem__(self, index: int) -> Arrays:
-        """Outputs of frame_encoder for one frame."""
-        for ahead in range(index, min(index + 1 + settings.FRAMES_AHEAD, len(self._clip.frames))):
-            if ahead not in self._futures:
-                self._futures[ahead] = self._pool.submit(self._encode, ahead)
+        """Features of one frame, [1, ...]."""
+        self._submit(range(index, index + 1 + settings.FRAMES_AHEAD))
         return self._futures[index].result()
 
     def __iter__(self) -> Iterator[Arrays]:
@@ -383,16 +382,15 @@ class FrameFeatures:
             yield self[index]
             del self._futures[index]
 
-    def cancel(self) -> None:
-        """Drops what nobody will read."""
-        for future in self._futures.values():
-            future.cancel()
+    def _submit(self, indices: range) -> None:
+        for index in indices:
+            if index < len(self._clip.frames) and index not in self._futures:
+                self._futures[index] = self._pool.submit(self._encode, index)
 
     def _encode(self, index: int) -> Arrays:
-        with self._timings.stage("preprocess"):
-            frame = self._pipeline.preprocessor.encoder_frame(self._clip.frames[index])
         with self._timings.stage("encode"):
-            return self._pipeline.runner.run("frame_encoder", {name: array[None] for name, array in frame.items()}, on_device=True)
+            features = self._pipeline.runner.run("frame_features", {"frame": self._clip.frames[index]}, on_device=True)
+        return {name: features[name] for name in FRAME_TENSORS}
 
 
 NO_PROPOSALS: Arrays = {"proposal_boxes": np.zeros((0, 4), np.float32), "proposal_scores": np.zeros(0, np.float32)}

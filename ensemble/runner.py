@@ -64,6 +64,10 @@ class Session:
 class Runner(Protocol):
     """Calls components by name."""
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether components have a GPU, which works while the caller does something else."""
+
     def run(self, component: str, inputs: Arrays, on_device: bool = False) -> dict[str, Any]:
         """One call of a component without state; raises SparrowError.
 
@@ -229,6 +233,8 @@ class LocalRunner:
     Args:
         graphs: component to loaded graph.
     """
+
+    on_gpu = False
 
     def __init__(self, graphs: Mapping[str, Graph]) -> None:
         self.graphs = graphs

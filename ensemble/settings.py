@@ -112,5 +112,5 @@ MAX_OBJECT_BATCH = 16
 """Objects in one call of a graph; a power of two, and calls hold a power of two of them."""
 MAX_REQUESTS = 8
 """Clips that `sparrow` works on at once; more wait in Triton's queue."""
-FRAMES_AHEAD = 8
-"""Frames encoded before the tracker asks for them, most of them while the language model decodes; bounds the memory of a long clip."""
+FRAMES_AHEAD = 16
+"""Frames encoded before the tracker asks for them, on a GPU while the language model runs; bounds the memory of a long clip."""

@@ -121,15 +121,16 @@ class Tolerance:
         return float(difference / max(1.0, np.abs(expected).max())) if np.isfinite(difference) else math.inf
 
 
-Serving = Literal["graph", "batched_graph", "sequence", "stream", "ensemble", "function"]
+Serving = Literal["graph", "native_graph", "frames", "sequence", "stream", "ensemble", "function"]
 """How a component is served.
 
-`graph`          one exported graph inside the process of every model that names it in `parts` (ADR 0013)
-`batched_graph`  one exported graph, a model of its own: its leading Dim is filled from several requests by the dynamic batcher
-`sequence`       state between the requests of one correlation id; steps of several sequences are batched
-`stream`         decoupled: many responses to one request
-`ensemble`       a pipeline that Triton itself runs
-`function`       Python without a graph or state
+`graph`         one exported graph inside the process of every model that names it in `parts` (ADR 0013)
+`native_graph`  one exported graph that Triton's own backend runs: its leading Dim is filled from several requests by the dynamic batcher
+`frames`        Python around one graph: frames of several requests, of any size, go through it together
+`sequence`      state between the requests of one correlation id; steps of several sequences are batched
+`stream`        decoupled: many responses to one request
+`ensemble`      a pipeline that Triton itself runs
+`function`      Python without a graph or state
 """
 
 
@@ -160,7 +161,7 @@ class Component:
 
     @property
     def is_graph(self) -> bool:
-        return self.serving in ("graph", "batched_graph")
+        return self.serving in ("graph", "native_graph")
 
     def input(self, name: str) -> TensorSpec:
         return self._find(self.inputs, name)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 MAX_SHAPES = 128
 """Graphs that one call keeps, of the shapes that it was last given."""
 
+IDLE_CACHE_BYTES = 256 << 20
+"""GPU memory that a process keeps for its next request beyond what it holds: every model is a process, and they share the GPU."""
+
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -61,13 +64,23 @@ class Captured:
             if len(self._known) > MAX_SHAPES:
                 del self._known[next(iter(self._known))]
             if first:
-                return several(self._call(*inputs))
+                results = several(self._call(*inputs))
+                self.trim()
+                return results
             if capture is None:
                 capture = self._known[shapes] = self._capture(inputs)
             for place, tensor in zip(capture.inputs, inputs, strict=True):
                 place.copy_(tensor)
             capture.graph.replay()
             return [result.clone() for result in capture.results]
+
+    @classmethod
+    def trim(cls) -> None:
+        """Gives back what calls that were not captured have left, where that is much."""
+        import torch
+
+        if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - cls.pool_bytes > IDLE_CACHE_BYTES:
+            torch.cuda.empty_cache()
 
     def _capture(self, inputs: Sequence[Tensor]) -> Capture:
         import torch
@@ -80,6 +93,7 @@ class Captured:
                 torch.zeros(1, device="cuda")
         places = [self._place(index, tensor) for index, tensor in enumerate(inputs)]  # filled by whoever replays: nothing runs here
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # as capturing does: what is idle behind it is the pool's
         idle, graph = torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=Captured._pool.pool(), capture_error_mode="thread_local"):
             results = several(self._call(*places))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ensemble.features import FrameFeatures
 from ensemble.frames import HostPreprocessor
 from ensemble.generation import Decoder, LanguageModel
 from ensemble.pipeline import Pipeline
@@ -37,7 +38,8 @@ def onnx_pipeline(checkpoint: Checkpoint, folder: Path) -> Pipeline:
 
 def pipeline(checkpoint: Checkpoint, graphs: Mapping[str, Graph], decoder: Decoder, device: Device) -> Pipeline:
     """The component `sparrow` over any graphs, those of the tracker on their device."""
-    runner = LocalRunner(graphs)
+    preprocessor = HostPreprocessor(checkpoint.config)
+    runner = LocalRunner({**graphs, "frame_features": FrameFeatures(preprocessor, graphs["frame_encoder"], device)})
     runner.stateful["language_model"] = LanguageModel(checkpoint.config, decoder)
     runner.stateful["tracker"] = Tracker(checkpoint.config, graphs, device)
-    return Pipeline(checkpoint.config, Tokenizer(checkpoint.path("sparrow")), runner, HostPreprocessor(checkpoint.config))
+    return Pipeline(checkpoint.config, Tokenizer(checkpoint.path("sparrow")), runner, preprocessor)

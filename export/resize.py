@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ensemble import frames
+from ensemble import frames, settings
 from ensemble.config import ModelConfig
 from ensemble.frames import HostPreprocessor, Preprocessor, centre, context_size, picture_size, session_frame
 from ensemble.runner import DeviceArray
@@ -53,15 +53,15 @@ def cubic(x: Array, a: float = -0.5) -> Array:
 BILINEAR, BICUBIC = Filter(triangle, 1), Filter(cubic, 2)
 
 
-def open_preprocessor(settings: Mapping[str, str], config: ModelConfig) -> Preprocessor:
+def open_preprocessor(parameters: Mapping[str, str], config: ModelConfig) -> Preprocessor:
     """What brings frames to their size, as resize_on in a config.pbtxt says: gpu (where there is one), or cpu, by Pillow and OpenCV."""
-    on_gpu = settings["resize_on"] == "gpu" and torch_device() == "cuda"
+    on_gpu = parameters["resize_on"] == "gpu" and torch_device() == "cuda"
     return TorchPreprocessor(config) if on_gpu else HostPreprocessor(config)
 
 
-def open_session_frame(settings: Mapping[str, str], config: ModelConfig) -> Callable[[Arrays], dict[str, DeviceArray]]:
+def open_session_frame(parameters: Mapping[str, str], config: ModelConfig) -> Callable[[Arrays], dict[str, DeviceArray]]:
     """The component `frame_preprocessor`."""
-    return partial(session_frame, preprocessor=open_preprocessor(settings, config))
+    return partial(session_frame, preprocessor=open_preprocessor(parameters, config))
 
 
 class TorchPreprocessor:
@@ -86,6 +86,18 @@ class TorchPreprocessor:
         resized = {name: torch.cat([resize[name](own) for own in together]) for name in names}
         self._device.wait()
         return resized
+
+    def proposal_frame(self, frame: Array) -> DeviceArray:
+        """As `frames.proposal_frame` of a grounding frame's picture: floats in the same order of operations."""
+        import torch
+
+        size, (height, width) = self._config.sam2.image_size, picture_size(frame, self._config)
+        picture = resized(self._device.put(frame)[None], height, width, BILINEAR)
+        grounding = stretch(stretch(looked_up(picture, frames.grounding_values()), 2, size), 3, size)
+        deviation, mean = (torch.tensor(values, device=grounding.device) for values in (settings.SAM_STD, settings.SAM_MEAN))
+        seen = (grounding.permute(0, 2, 3, 1) * deviation + mean).round().clamp(0, 255).byte()
+        side = self._config.proposer.image_size
+        return looked_up(resized(seen, side, side, BICUBIC), frames.proposal_values())
 
     def encoder_frame(self, frame: Array) -> dict[str, DeviceArray]:
         import torch
@@ -158,6 +170,17 @@ def taps(size: int, new_size: int, filter: Filter, device: str) -> tuple[Tensor,
     weights = weights / weights.sum(0) * (1 << PILLOW_BITS)
     rounded = np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
     return torch.from_numpy(np.minimum(sources, size - 1)).to(device), torch.from_numpy(rounded).to(device)
+
+
+def stretch(x: Tensor, axis: int, size: int) -> Tensor:
+    """As `frames.stretch`."""
+    import torch
+
+    if x.shape[axis] == size:
+        return x
+    low, high, weight = (torch.from_numpy(line).to(x.device) for line in frames.between(x.shape[axis], size))
+    weight = across(weight, axis, x)
+    return (1 - weight) * x.index_select(axis, low) + weight * x.index_select(axis, high)
 
 
 def stretched(pixels: Tensor, size: int) -> Tensor:

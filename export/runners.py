@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 ENGINE_SUFFIX = {"torch": ".safetensors", "onnx": ".onnx", "aoti": ".pt2", "tensorrt": ".plan"}
 """Engine kind to the file that it is kept in, beside its component's model.py."""
 
-IDLE_CACHE_BYTES = 256 << 20
-"""GPU memory that a process keeps for its next request beyond what it holds: every model is a process, and they share the GPU."""
-
 POSITIONS_STEP = 512
 """Positions by which the cache of the language model grows."""
 
@@ -275,10 +272,6 @@ class TorchPlace:
 
         with torch.inference_mode(), torch.autocast(self.device.name, self.dtype, enabled=self.dtype != torch.float32):
             yield
-        if self.device.on_gpu and not torch.cuda.is_current_stream_capturing():
-            idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - Captured.pool_bytes
-            if idle > IDLE_CACHE_BYTES:
-                torch.cuda.empty_cache()
 
 
 class TensorGraph:
@@ -525,6 +518,8 @@ class TorchDecoder(DecoderEnds):
         with self._place.inference():
             whole = torch.cat([self._place.device.put(piece) for piece in embeddings])[None]
             tensors = self._behind(*self._decoder.prefill_(whole, self._keys[:, rows], self._values[:, rows], self._layers.prompt))
+        if self._place.device.on_gpu:
+            Captured.trim()
         self._lengths[slot] = length
         outlook = self._outlook(tensors[3], self._fetch(tensors)(), [0])
         self._expected, self._ahead = ([slot], outlook.likeliest.tolist()), None

@@ -116,13 +116,13 @@ def config_from_component(model: Component, contracts: Mapping[str, Component], 
 
 def model_fields(model: Component, contracts: Mapping[str, Component], engine: Engine) -> dict[str, Any]:
     """The fields of a ModelConfig message."""
-    batched = model.serving == "batched_graph"
-    ragged = model.serving in ("sequence", "function")
+    native = model.serving == "native_graph"
+    ragged = model.serving in ("sequence", "function", "frames")
     fields: dict[str, Any] = {
         "name": model.name,
         "max_batch_size": 0,
-        "input": [input_fields(spec, batched, ragged) for spec in model.inputs],
-        "output": [tensor_fields(spec, batched) for spec in model.outputs],
+        "input": [input_fields(spec, native, ragged) for spec in model.inputs],
+        "output": [output_fields(spec, native) for spec in model.outputs],
     }
     if model.serving == "ensemble":
         steps = [ensemble_step(step, inputs) for step, inputs in graph.ensemble_steps(contracts, model.name)]
@@ -130,30 +130,26 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
         return {**fields, "max_batch_size": settings.ENCODER_BATCH, "platform": "ensemble", "ensemble_scheduling": {"step": steps}}
 
     parameters: dict[str, str | int] = {}
-    on_gpu = engine.of("frame_encoder").engine_kind != "onnx"
-    native = is_native(model, engine)
     if native:
         fields |= {"platform": "tensorrt_plan", "default_model_filename": engine_file(engine.of(model.name), model.name)}
     else:
         fields["backend"] = "python"
     if graph.parts(contracts, model.name):
         parameters |= engine_of(model, engine).parameters()
-        kind = "KIND_GPU" if native else "KIND_MODEL"  # in Python the graphs find their GPU themselves
-    else:
-        kind = "KIND_MODEL" if model.serving == "function" and on_gpu else "KIND_CPU"
-    if model.serving in ("function", "stream"):  # for graphs, all of which have to take what is left on a GPU
+    if model.serving in ("function", "frames", "stream"):  # for graphs, all of which have to take what is left on a GPU
         takers = ["frame_encoder", *(part.name for part in graph.parts(contracts, model.name))]
         parameters["resize_on"] = "gpu" if all(engine.of(taker).engine_kind != "onnx" for taker in takers) else "cpu"
-    # One process, also where there are several GPUs: state is in it, and frames of a session cannot overtake each other.
-    fields["instance_group"] = [{"kind": kind, "count": 1}]
+    # One process, also where there are several GPUs: state is in it, and frames of a session cannot overtake each other. In Python it finds
+    # its GPU itself.
+    fields["instance_group"] = [{"kind": "KIND_GPU" if native else "KIND_MODEL", "count": 1}]
     if model.name == "tracker":
         parameters |= asdict(Limits())
-    if model.serving in ("sequence", "batched_graph") and not native:
+    if model.serving == "sequence":
         parameters["FORCE_CPU_ONLY_INPUT_TENSORS"] = "no"  # what was computed on a GPU stays there
     if parameters:
         fields["parameters"] = {name: {"string_value": str(value)} for name, value in parameters.items()}
-    if batched:
-        fields["model_warmup"] = [warmup_fields(model)]
+    if native or model.serving == "frames":
+        fields["model_warmup"] = [warmup_fields(model, native)]
         fields["max_batch_size"] = settings.ENCODER_BATCH
         fields["dynamic_batching"] = {}
     if model.serving == "function":
@@ -173,18 +169,24 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
     return fields
 
 
-def is_native(model: Component, engine: Engine) -> bool:
-    """Whether Triton's own backend for plans runs a model: one that is a single graph."""
-    return engine.of(model.name).engine_kind == "tensorrt" and model.serving == "batched_graph"
+def contracts_of(config: ModelConfig, engine: Engine) -> dict[str, Component]:
+    """The contracts of a repository: Triton's own backend for plans runs frame_encoder where that is one."""
+    return components(config, native_encoder=engine.of("frame_encoder").engine_kind == "tensorrt")
 
 
-def tensor_fields(spec: TensorSpec, batched: bool) -> dict[str, Any]:
-    return {"name": spec.name, "data_type": spec.triton_dtype, "dims": spec.dims()[1:] if batched else spec.dims()}
+def tensor_fields(spec: TensorSpec, native: bool) -> dict[str, Any]:
+    return {"name": spec.name, "data_type": spec.triton_dtype, "dims": spec.dims()[1:] if native else spec.dims()}
 
 
-def input_fields(spec: TensorSpec, batched: bool, ragged: bool) -> dict[str, Any]:
+def output_fields(spec: TensorSpec, native: bool) -> dict[str, Any]:
+    """An output; that of a graph has, for each request of a batch, one frame."""
+    fields = tensor_fields(spec, native)
+    return {**fields, "dims": [1, *fields["dims"]], "reshape": {"shape": fields["dims"]}} if native else fields
+
+
+def input_fields(spec: TensorSpec, native: bool, ragged: bool) -> dict[str, Any]:
     """An input; in a ragged model requests of different sizes share a batch."""
-    fields = tensor_fields(spec, batched)
+    fields = tensor_fields(spec, native)
     if spec.optional:
         fields["optional"] = True
     if ragged and -1 in fields["dims"]:
@@ -192,13 +194,13 @@ def input_fields(spec: TensorSpec, batched: bool, ragged: bool) -> dict[str, Any
     return fields
 
 
-def warmup_fields(model: Component) -> dict[str, Any]:
-    """One request of zeros at the sizes that engines are tuned for."""
+def warmup_fields(model: Component, native: bool) -> dict[str, Any]:
+    """Requests of zeros at the usual sizes, two of them: what is captured at its second call is there for the first caller."""
     inputs = {}
     for spec in model.inputs:
-        dims = [size.opt if isinstance(size, Dim) else size for size in spec.shape[1:]]
+        dims = [size.opt if isinstance(size, Dim) else size for size in spec.shape[native:]]
         inputs[spec.name] = {"data_type": spec.triton_dtype, "dims": dims, "zero_data": True}
-    return {"name": "zeros", "batch_size": 1, "inputs": inputs}
+    return {"name": "zeros", "batch_size": 1, "count": 2, "inputs": inputs}
 
 
 def ensemble_step(step: Component, inputs: list[TensorSpec]) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def ensemble_step(step: Component, inputs: list[TensorSpec]) -> dict[str, Any]:
 
 def write_configs(config: ModelConfig, folder: Path, engine: Engine) -> None:
     """Writes <model>/config.pbtxt of every Triton model below `folder`."""
-    contracts = components(config)
+    contracts = contracts_of(config, engine)
     texts = {model.name: config_from_component(model, contracts, engine) for model in graph.served(contracts)}
     for name, text in texts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -252,11 +254,13 @@ def repository_from_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         write_configs(checkpoint.config, folder, engine)
-        contracts = components(checkpoint.config)
+        contracts = contracts_of(checkpoint.config, engine)
+        for name in {"frame_preprocessor", "frame_encoder"} - {model.name for model in graph.served(contracts)}:
+            shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier export, whose encoder Triton ran itself
         for model in graph.served(contracts):
             version = folder / model.name / "1"
             version.mkdir(exist_ok=True)
-            if model.serving != "ensemble" and not is_native(model, engine):
+            if model.serving not in ("ensemble", "native_graph"):
                 shutil.copyfile(SOURCE / model.name / "1" / "model.py", version / "model.py")
                 (version / "config.json").write_text(checkpoint.config.to_json())
         if "sparrow" in contracts:

@@ -43,6 +43,13 @@ def test_frames_for_the_towers_equal_those_of_pillow_and_opencv(config, size):
         np.testing.assert_array_equal(got[name], expected[name])
 
 
+@pytest.mark.parametrize("config", [FULL, TINY], ids=["full", "tiny"])
+@pytest.mark.parametrize("size", SIZES, ids=named)
+def test_frames_for_the_proposer_equal_those_of_pillow(config, size):
+    got, expected = (own.proposal_frame(drawn(*size)) for own in both(config))
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_frames_of_several_sizes_go_to_the_towers_together():
     frames = [drawn(40, 60), drawn(33, 70), drawn(40, 60)]
     got, expected = (own.tower_frames(frames, "context_frames") for own in both(TINY))
