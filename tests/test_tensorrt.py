@@ -36,7 +36,7 @@ def test_profile_has_every_input_that_varies_within_the_bounds():
 
 @pytest.mark.parametrize(
     ("model", "component"),
-    [("frame_encoder", "frame_encoder"), ("tracker", "memory_encoder"), ("tracker", "mask_decoder"), ("sparrow", "proposal_selector")],
+    [("frame_features", "frame_encoder"), ("tracker", "memory_encoder"), ("tracker", "mask_decoder"), ("sparrow", "proposal_selector")],
 )
 def test_lowered_graph_computes_the_same_in_opset_17_without_bfloat16(repository, tmp_path, model, component):
     written, lowered = repository / model / "1" / f"{component}.onnx", tmp_path / "lowered.onnx"
