@@ -7,7 +7,8 @@ faster we are.
 - `uncached`: our own vision towers and language model, run for every token over everything again, as the original does (spec 11).
 - `sam2`: the official video predictor. It has its frames on the device, decoded, stretched and normalised, before the clock starts;
   masks end on the host. Ours come through gRPC and Triton, and every picture is prepared on the way. `compiled` is its
-  `compile_image_encoder`: its `vos_optimized` was still compiling after five minutes.
+  `compile_image_encoder`, with products and convolutions of torch's own libraries alone: with Triton's among the choices it was still
+  being tuned after five minutes, as its `vos_optimized` was.
 - `transformers`: greedy `generate`. `dynamic` is what it does by itself. `static` reuses one static cache, over which it compiles its
   steps, and attends to the whole prompt: with a sliding window every token asks for a CUDA graph of its own (transformers 5.17).
 
@@ -49,6 +50,8 @@ RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("transformers", {"cache": "static", "answers": 8}),
 )
 """Peer and how it is run; what compiles for minutes comes last."""
+LIBRARIES = {"max_autotune_gemm_backends": "ATEN", "max_autotune_conv_backends": "ATEN"}
+"""Options of torch's compiler."""
 UNCACHED_WARM_UP, UNCACHED_TOKENS = 3, 5
 GENERATE_WARM_UP, PASSES = 2, 3
 
@@ -159,7 +162,7 @@ def tracked(ours: Ours, objects: int, compiled: bool = False) -> Iterator[Line]:
         tempfile.TemporaryDirectory() as folder,
         torch.inference_mode(),
         torch.autocast(device, dtype, enabled=dtype != torch.float32),
-        inductor.patch(INDUCTOR),
+        inductor.patch({**INDUCTOR, **LIBRARIES}),
     ):
         for index, frame in enumerate(moving_square(WARM_UP + TRACK_FRAMES)):
             Image.fromarray(frame).save(Path(folder) / f"{index}.jpg")
@@ -172,7 +175,7 @@ def tracked(ours: Ours, objects: int, compiled: bool = False) -> Iterator[Line]:
     workload = f"{objects}obj_{HEIGHT}x{WIDTH}"
     samples = np.diff(ends)[WARM_UP - 1 :].tolist()
     lines = track_lines("peers", f"sam2_{'compiled' if compiled else 'eager'}_{workload}", samples, ours.env(made))
-    yield from compared(lines, "serving", f"track_{workload}", made)
+    yield from compared(lines, "serving", f"track_{workload}", made, model="frame_features")
 
 
 def hydra_sizes(sam2: Sam2Config) -> list[str]:
@@ -270,19 +273,20 @@ class Clock:
         """There is nothing to be ended."""
 
 
-def compared(lines: Iterable[Line], suite: str, workload: str, made: Manifest) -> Iterator[Line]:
+def compared(lines: Iterable[Line], suite: str, workload: str, made: Manifest, model: str | None = None) -> Iterator[Line]:
     """Figures of a peer, each followed by how many times faster ours of `suite` is.
 
     Args:
         workload: of ours.
         made: the engine whose figures count as ours.
+        model: of a server, which runs the engine; in this process it runs by itself.
     """
     for line in lines:
         yield line
         env, metric = line["env"], line["metric"]
         path = suite_path(suite, env["gpu"])
         own = latest(path).get((workload, metric)) if path.exists() else None
-        if own is None or not comparable(own["env"], env, made):
+        if own is None or not comparable(own["env"], env, made, model or made.component):
             click.echo(f"{line['workload']} {metric}: no ratio, for {path} has no {workload} of this engine.", err=True)
             continue
         faster = line["value"] / own["value"] if line["unit"] == "ms" else own["value"] / line["value"]
@@ -290,9 +294,9 @@ def compared(lines: Iterable[Line], suite: str, workload: str, made: Manifest) -
         yield figure("peers", line["workload"], f"{metric}.ratio", faster, "ratio", line["n"], None, env)
 
 
-def comparable(own: dict[str, Any], env: dict[str, Any], made: Manifest) -> bool:
-    """Whether a figure of ours is of the peer's sizes and precision, and of the engine."""
-    found = own["preset"], own["precision"], own["engine_kinds"].get(made.component)
+def comparable(own: dict[str, Any], env: dict[str, Any], made: Manifest, runs: str) -> bool:
+    """Whether a figure of ours is of the peer's sizes and precision, and of the engine, which it lists as that of what `runs`."""
+    found = own["preset"], own["precision"], own["engine_kinds"].get(runs)
     return found == (env["preset"], env["precision"], made.engine_kind)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from ensemble.frames import HostPreprocessor, Preprocessor, centre, context_size
 from ensemble.runner import DeviceArray
 from ensemble.tensors import Array, Arrays
 
+from .capture import Captured
 from .runners import TorchDevice, torch_device
 
 if TYPE_CHECKING:
@@ -61,11 +62,18 @@ def open_preprocessor(parameters: Mapping[str, str], config: ModelConfig) -> Pre
 
 def open_session_frame(parameters: Mapping[str, str], config: ModelConfig) -> Callable[[Arrays], dict[str, DeviceArray]]:
     """The component `frame_preprocessor`."""
-    return partial(session_frame, preprocessor=open_preprocessor(parameters, config))
+    preprocessor, device = open_preprocessor(parameters, config), TorchDevice()
+
+    def prepared(inputs: Arrays) -> dict[str, DeviceArray]:
+        outputs = session_frame(inputs, preprocessor)
+        device.wait()  # another process reads them
+        return outputs
+
+    return prepared
 
 
 class TorchPreprocessor:
-    """A `Preprocessor` whose results stay on the device, where they have been computed when it returns.
+    """A `Preprocessor` whose results stay on the device, for graphs of this process.
 
     Every row is resized, then every column: as Pillow, which rounds in between, but for frames of which it takes the columns first, which
     differ by one grey level here and there; and as OpenCV.
@@ -76,6 +84,7 @@ class TorchPreprocessor:
 
     def __init__(self, config: ModelConfig) -> None:
         self._config, self._device = config, TorchDevice()
+        self._square: Callable[..., Sequence[Tensor]] = Captured(self._make_square) if self._device.on_gpu else self._make_square
 
     def tower_frames(self, frames: Sequence[Array], *names: str) -> dict[str, DeviceArray]:
         import torch
@@ -83,16 +92,14 @@ class TorchPreprocessor:
         resize = {"context_frames": self._context_frames, "video_frames": self._video_frames}
         pixels = [self._device.put(frame) for frame in frames]
         together = [torch.stack(pixels)] if len({frame.shape for frame in frames}) == 1 else [own[None] for own in pixels]
-        resized = {name: torch.cat([resize[name](own) for own in together]) for name in names}
-        self._device.wait()
-        return resized
+        return {name: torch.cat([resize[name](own) for own in together]) for name in names}
 
     def proposal_frame(self, frame: Array) -> DeviceArray:
         """As `frames.proposal_frame` of a grounding frame's picture: floats in the same order of operations."""
         import torch
 
-        size, (height, width) = self._config.sam2.image_size, picture_size(frame, self._config)
-        picture = resized(self._device.put(frame)[None], height, width, BILINEAR)
+        size = self._config.sam2.image_size
+        picture = resized(self._device.put(frame)[None], *picture_size(frame, self._config), BILINEAR)
         grounding = stretch(stretch(looked_up(picture, frames.grounding_values()), 2, size), 3, size)
         deviation, mean = (torch.tensor(values, device=grounding.device) for values in (settings.SAM_STD, settings.SAM_MEAN))
         seen = (grounding.permute(0, 2, 3, 1) * deviation + mean).round().clamp(0, 255).byte()
@@ -100,14 +107,22 @@ class TorchPreprocessor:
         return looked_up(resized(seen, side, side, BICUBIC), frames.proposal_values())
 
     def encoder_frame(self, frame: Array) -> dict[str, DeviceArray]:
+        (height, width), pixels = picture_size(frame, self._config), self._device.put(frame)
+        taken = *taps(frame.shape[1], width, BILINEAR, pixels.device.type), *taps(frame.shape[0], height, BILINEAR, pixels.device.type)
+        square = self._square(pixels, *taken)[0]
+        return {"pictures": square, "picture_sizes": np.array([height, width])}
+
+    def _make_square(self, pixels: Tensor, *taken: Tensor) -> list[Tensor]:
+        """[H, W, 3] uint8 and the `taps` of its rows and of its columns -> [S, S, 3] uint8. They come as inputs: what is captured has to
+        find them again.
+        """
         import torch
 
-        size, (height, width) = self._config.sam2.image_size, picture_size(frame, self._config)
-        pixels = self._device.put(frame)[None]
-        square = torch.zeros(size, size, 3, dtype=torch.uint8, device=pixels.device)
-        square[:height, :width] = resized(pixels, height, width, BILINEAR)[0]
-        self._device.wait()
-        return {"pictures": square, "picture_sizes": np.array([height, width])}
+        columns, column_weights, rows, row_weights = taken
+        picture = weighted(weighted(pixels, 1, columns, column_weights), 0, rows, row_weights)
+        square = torch.zeros(self._config.sam2.image_size, self._config.sam2.image_size, 3, dtype=torch.uint8, device=pixels.device)
+        square[: picture.shape[0], : picture.shape[1]] = picture
+        return [square]
 
     def _context_frames(self, pixels: Tensor) -> Tensor:
         """As `frames.context_frame`: [N, H, W, 3] uint8 -> [N, 3, S, S] float32."""
@@ -124,7 +139,7 @@ def looked_up(pixels: Tensor, channels: Array) -> Tensor:
     """As `frames.looked_up`: [N, H, W, 3] uint8 and [3, 256] -> [N, 3, H, W]."""
     import torch
 
-    tables = torch.from_numpy(channels).to(pixels.device)
+    tables = torch.from_numpy(channels).to(pixels.device, non_blocking=True)
     return torch.stack([table[pixels[..., channel].int()] for channel, table in enumerate(tables)], 1)
 
 
@@ -134,14 +149,18 @@ def resized(pixels: Tensor, height: int, width: int, filter: Filter, rows: slice
 
 
 def along(x: Tensor, axis: int, size: int, filter: Filter, kept: slice) -> Tensor:
-    """Antialiased resize of one axis, rounded: [..., n, ...] uint8 -> [..., size, ...] uint8, of which some places are kept."""
+    """One axis of `resized`: [..., n, ...] uint8 -> [..., size, ...] uint8."""
+    sources, weights = taps(x.shape[axis], size, filter, x.device.type)
+    return weighted(x, axis, sources[:, kept], weights[:, kept])
+
+
+def weighted(x: Tensor, axis: int, sources: Tensor, weights: Tensor) -> Tensor:
+    """Sums along one axis, rounded, as `taps` says: [..., n, ...] uint8 -> [..., size, ...] uint8."""
     import torch
 
-    if x.shape[axis] == size:
-        return x.narrow(axis, kept.start or 0, len(range(size)[kept]))
     total = torch.full((), 1 << PILLOW_BITS - 1, dtype=torch.int32, device=x.device)
-    for sources, weights in zip(*taps(x.shape[axis], size, filter, x.device.type), strict=True):
-        total = total + x.index_select(axis, sources[kept]).int() * across(weights[kept], axis, x)
+    for source, weight in zip(sources, weights, strict=True):
+        total = total + x.index_select(axis, source).int() * across(weight, axis, x)
     return (total >> PILLOW_BITS).clamp(0, 255).byte()
 
 
@@ -178,7 +197,7 @@ def stretch(x: Tensor, axis: int, size: int) -> Tensor:
 
     if x.shape[axis] == size:
         return x
-    low, high, weight = (torch.from_numpy(line).to(x.device) for line in frames.between(x.shape[axis], size))
+    low, high, weight = (torch.from_numpy(line).to(x.device, non_blocking=True) for line in frames.between(x.shape[axis], size))
     weight = across(weight, axis, x)
     return (1 - weight) * x.index_select(axis, low) + weight * x.index_select(axis, high)
 

@@ -68,4 +68,4 @@ def test_bench_measures_a_running_server(results, server, monkeypatch):
     assert lines["clip_16f_480x854", "first_answer_ms"]["n"] == 2
     assert all(line["env"]["gpu_sharing"] == "time slices" for line in lines.values())
     engine_kinds = lines["clip_16f_480x854", "first_answer_ms"]["env"]["engine_kinds"]
-    assert (engine_kinds["frame_encoder"], engine_kinds["language_model"]) == ("onnx", "torch")
+    assert (engine_kinds["frame_features"], engine_kinds["language_model"]) == ("onnx", "torch")

@@ -26,7 +26,7 @@ FRAMES, HEIGHT, WIDTH = 3, 48, 64
 ENV = {
     **dict.fromkeys(("gpu", "driver", "torch", "git", "date")),
     "tritonserver": "2.51.0",
-    "engine_kinds": {"frame_encoder": "onnx"},
+    "engine_kinds": {"frame_features": "onnx"},
     "preset": "",
     "precision": "float32",
 }

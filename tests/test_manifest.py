@@ -160,12 +160,12 @@ def test_export_says_what_it_made_and_what_it_left(root, tmp_path):
     first = CliRunner().invoke(export, arguments)
     assert first.exit_code == 0, first.output
     assert "as it was" not in first.output
-    (tmp_path / "repository" / "frame_encoder" / "1" / "frame_encoder.json").unlink()
+    (tmp_path / "repository" / "frame_features" / "1" / "frame_encoder.json").unlink()
     again = CliRunner().invoke(export, arguments)
     lines = [line for line in again.stdout.splitlines() if " MB " in line]
     assert len(lines) == len(Checkpoint(root).components)
     assert [line.split()[0] for line in lines if "as it was" not in line] == ["frame_encoder"]
-    written = json.loads((tmp_path / "repository" / "frame_encoder" / "1" / "frame_encoder.json").read_text())
+    written = json.loads((tmp_path / "repository" / "frame_features" / "1" / "frame_encoder.json").read_text())
     assert written["gate"].keys() == {"frame_embeddings", "high_res_1", "high_res_0"}
 
 

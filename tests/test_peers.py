@@ -32,7 +32,7 @@ def measured():
 
 def keep_own(suite, workload, **env):
     """Figures of ours as they would be found, all of them 2."""
-    kinds = {"frame_encoder": "onnx", "language_decoder": "torch"}
+    kinds = {"frame_features": "onnx", "language_decoder": "torch"}
     env = {**records.machine(), "engine_kinds": kinds, "preset": "tiny", "precision": "float32", **env}
     for metric, unit in (TRACKING if suite == "serving" else LLM).items():
         records.append([records.record(suite, workload, metric, 2, unit, [2], env)])
@@ -99,14 +99,14 @@ def test_transformers_is_measured_with_both_caches(repository):
 
 @pytest.mark.parametrize(
     ("other", "compared"),
-    [({}, True), ({"preset": "nano"}, False), ({"precision": "float16"}, False), ({"engine_kinds": {"frame_encoder": "torch"}}, False)],
+    [({}, True), ({"preset": "nano"}, False), ({"precision": "float16"}, False), ({"engine_kinds": {"frame_features": "torch"}}, False)],
 )
 def test_ratio_is_to_a_figure_of_the_same_preset_precision_and_engine(repository, other, compared):
     ours = peers.Ours(TINY, components.engine_folders(repository, TINY))
     made = ours.made("frame_encoder")
     own = keep_own("serving", "track", **other)
     lines = [records.record("peers", "peer", "frames_per_s", 0.5, "1/s", [0.5], ours.env(made))]
-    _, *ratios = peers.compared(lines, "serving", "track", made)
+    _, *ratios = peers.compared(lines, "serving", "track", made, "frame_features")
     assert [(line["metric"], line["value"]) for line in ratios] == [("frames_per_s.ratio", 4)] * compared
     for line in ratios:
         assert line["env"]["ours"] == {"suite": "serving", "workload": "track", "git": own["git"], "date": own["date"]}

@@ -386,9 +386,8 @@ def test_component_models_can_be_asked_on_their_own(server):
         states.set_data_from_numpy(np.zeros((2, 64), np.float32))
         with pytest.raises(triton.InferenceServerException, match="prompt_projector"):
             connection.infer("prompt_projector", [states])  # a part of language_model, not a model
-        frame = triton.InferInput("pictures", [1, 256, 256, 3], "UINT8").set_data_from_numpy(np.zeros((1, 256, 256, 3), np.uint8))
-        size = triton.InferInput("picture_sizes", [1, 2], "INT64").set_data_from_numpy(np.full((1, 2), 256))
-        assert connection.infer("frame_encoder", [frame, size]).as_numpy("frame_embeddings").shape == (1, 64, 16, 16)
+        frame = triton.InferInput("frame", [1, 60, 80, 3], "UINT8").set_data_from_numpy(np.zeros((1, 60, 80, 3), np.uint8))
+        assert connection.infer("frame_features", [frame]).as_numpy("frame_embeddings").shape == (1, 1, 64, 16, 16)
 
 
 def test_local_sessions_close_when_the_pipeline_fails(pipeline):
