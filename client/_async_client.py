@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from types import TracebackType
@@ -15,8 +16,8 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from ._errors import SparrowClientError, error_from_status
 from ._protocol import TrackProtocol
-from ._question import AnswerSoFar, Frames, events_from_response, prompts_to_start, question
-from ._shared_memory import FrameRegion
+from ._question import AnswerSoFar, Frames, events_from_response, prompts_to_start, question, stack_frames
+from ._shared_memory import FAREWELL_S, share_async, shared_bytes, unshare_async
 from ._stream import AsyncStream, StreamBroken
 from ._track import FAREWELL_TRIES, Session
 from ._types import Answer, Event, FrameMasks, Prompt
@@ -66,18 +67,29 @@ class AsyncSparrowClient:
 
     async def stream(self, frames: Frames | None, prompt: str, **request: Any) -> AsyncGenerator[Event, None]:
         """As `SparrowClient.stream`."""
-        message = question(frames, prompt, **request)
-        async with AsyncStream(self._stub) as stream:
-            stream.send(message)
-            finished = False
-            while not finished:
-                try:
-                    response = await stream.receive(self.timeout_s)
-                except StreamBroken as broken:
-                    raise error_from_status(broken.code, broken.details, SPARROW, message.id) from broken
-                for event in events_from_response(response):
-                    yield event
-                finished = is_last(response.infer_response)
+        clip = stack_frames(frames)
+        size = shared_bytes(self.url, clip)
+        region = await share_async(self._stub, 1, size, self.timeout_s) if size else None
+        try:
+            message = question(clip, prompt, region, **request)
+            async with AsyncStream(self._stub) as stream:
+                stream.send(message)
+                finished = False
+                while not finished:
+                    try:
+                        response = await stream.receive(self.timeout_s)
+                    except StreamBroken as broken:
+                        raise error_from_status(broken.code, broken.details, SPARROW, message.id) from broken
+                    except asyncio.CancelledError:
+                        if region:  # the server may not have read it; it has when it answers
+                            with suppress(StreamBroken):
+                                await stream.receive(FAREWELL_S)
+                        raise
+                    for event in events_from_response(response):
+                        yield event
+                    finished = is_last(response.infer_response)
+        finally:
+            await unshare_async(self._stub, region)
 
     @asynccontextmanager
     async def track(
@@ -179,26 +191,11 @@ class AsyncTrackSession(Session):
 
     async def _open(self, frame: NDArray[np.uint8]) -> AsyncStream:
         if self._shares_memory:
-            self._region = await self._share(frame.nbytes)
+            self._region = await share_async(self._stub, self._protocol.num_slots, frame.nbytes, self._timeout_s)
         self._stream = AsyncStream(self._stub)
         return self._stream
 
-    async def _share(self, frame_bytes: int) -> FrameRegion | None:
-        with suppress(OSError):  # this system has no shared memory, or not enough
-            region = FrameRegion(self._protocol.num_slots, frame_bytes)
-            try:
-                await self._stub.SystemSharedMemoryRegister(region.registration, timeout=self._timeout_s)
-                return region
-            except grpc.RpcError:  # the server forbids it, or is on another machine after all
-                region.close()
-            finally:
-                region.unlink()
-        return None
-
     async def _release(self) -> None:
         self._stream = None
-        if self._region:
-            with suppress(grpc.RpcError):
-                await self._stub.SystemSharedMemoryUnregister(self._region.unregistration, timeout=self._farewell_s)
-            self._region.close()
-            self._region = None
+        await unshare_async(self._stub, self._region)
+        self._region = None

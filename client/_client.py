@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +15,8 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from ._errors import error_from_status
 from ._protocol import TrackProtocol
-from ._question import AnswerSoFar, Frames, events_from_response, prompts_to_start, question
+from ._question import AnswerSoFar, Frames, events_from_response, prompts_to_start, question, stack_frames
+from ._shared_memory import FAREWELL_S, share, shared_bytes, unshare
 from ._stream import Stream, StreamBroken
 from ._track import TrackSession
 from ._types import Answer, Event, Prompt
@@ -91,17 +92,30 @@ class SparrowClient:
         Raises:
             SparrowClientError: the request was refused or failed.
         """
-        request = question(frames, prompt, encoded_frames=encoded_frames, target_boxes=target_boxes, target_crop=target_crop, **options)
-        with Stream(self._stub) as stream:
-            stream.send(request)
-            finished = False
-            while not finished:
-                try:
-                    response = stream.receive(self.timeout_s)
-                except StreamBroken as broken:
-                    raise error_from_status(broken.code, broken.details, SPARROW, request.id) from broken
-                yield from events_from_response(response)
-                finished = is_last(response.infer_response)
+        clip = stack_frames(frames)
+        size = shared_bytes(self.url, clip)
+        region = share(self._stub, 1, size, self.timeout_s) if size else None
+        try:
+            request = question(
+                clip, prompt, region, encoded_frames=encoded_frames, target_boxes=target_boxes, target_crop=target_crop, **options
+            )
+            with Stream(self._stub) as stream:
+                stream.send(request)
+                finished = False
+                while not finished:
+                    try:
+                        response = stream.receive(self.timeout_s)
+                    except StreamBroken as broken:
+                        raise error_from_status(broken.code, broken.details, SPARROW, request.id) from broken
+                    except KeyboardInterrupt:
+                        if region:  # the server may not have read it; it has when it answers
+                            with suppress(StreamBroken):
+                                stream.receive(FAREWELL_S)
+                        raise
+                    yield from events_from_response(response)
+                    finished = is_last(response.infer_response)
+        finally:
+            unshare(self._stub, region)
 
     def track(
         self,

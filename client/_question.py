@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelStreamInferResponse
 
 from ._errors import InvalidInput, RequestFailed, error_from_text
+from ._shared_memory import FrameRegion
 from ._types import (
     Answer,
     Event,
@@ -36,31 +37,36 @@ MASK_FORMAT = "bits"
 
 
 def question(
-    frames: Frames | None,
+    clip: NDArray[np.uint8] | None,
     prompt: str,
+    region: FrameRegion | None = None,
     *,
     encoded_frames: Sequence[bytes] | None = None,
     target_boxes: NDArray[np.float32] | None = None,
     target_crop: NDArray[np.uint8] | None = None,
     **options: str | float | bool,
 ) -> ModelInferRequest:
-    """The request of `SparrowClient.stream`."""
+    """The request of `SparrowClient.stream`; its clip, from `stack_frames`, goes to memory that is shared with the server, where given."""
     tensors: dict[str, NDArray[Any]] = {"prompt": np.array([prompt.encode()], object)}
-    if frames is not None:
-        tensors["frames"] = stack_frames(frames)
+    places = {}
+    if clip is not None:
+        tensors["frames"] = clip
+        places = {"frames": region.write(0, clip)} if region else {}
     if encoded_frames is not None:
         tensors["encoded_frames"] = np.array(encoded_frames, object)
     if target_boxes is not None:
         tensors["target_boxes"] = np.asarray(target_boxes, np.float32)
     if target_crop is not None:
         tensors["target_crop"] = target_crop
-    request = to_request(SPARROW, tensors, {**options, "mask_format": MASK_FORMAT}, uuid.uuid4().hex)
+    request = to_request(SPARROW, tensors, {**options, "mask_format": MASK_FORMAT}, uuid.uuid4().hex, places=places)
     request.parameters["triton_enable_empty_final_response"].bool_param = True  # the last response may come after the summary
     return request
 
 
-def stack_frames(frames: Frames) -> NDArray[np.uint8]:
-    """[T, H, W, 3]; raises InvalidInput when there are none or their sizes differ."""
+def stack_frames(frames: Frames | None) -> NDArray[np.uint8] | None:
+    """[T, H, W, 3], of frames that are given; raises InvalidInput when there are none or their sizes differ."""
+    if frames is None:
+        return None
     shapes = list(dict.fromkeys(np.shape(frame) for frame in frames))
     if not shapes:
         raise InvalidInput("sparrow.frames: got 0 frames, expected 1 or more. Send the frames of the clip.", SPARROW, "")

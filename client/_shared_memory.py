@@ -1,11 +1,14 @@
-"""System shared memory in which a server on this machine finds the frames of a session."""
+"""System shared memory in which a server on this machine finds frames."""
 
 from __future__ import annotations
 
 import mmap
 import os
 import secrets
+from contextlib import suppress
+from typing import Any
 
+import grpc
 import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc.service_pb2 import SystemSharedMemoryRegisterRequest, SystemSharedMemoryUnregisterRequest
@@ -15,6 +18,12 @@ from ._wire import Place
 FOLDER = "/dev/shm"
 """Where POSIX shared memory is a file, on Linux; elsewhere there is none to share with a server."""
 
+FAREWELL_S = 5
+"""Longest wait for what only clears up."""
+
+SHARED_CLIP_BYTES = 4 << 20
+"""From this size on a clip is not sent in the message: to share memory with a server takes two more calls."""
+
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -23,13 +32,18 @@ def is_this_machine(url: str) -> bool:
     return url.startswith("unix:") or url.rpartition(":")[0].strip("[]") in THIS_MACHINE
 
 
+def shared_bytes(url: str, clip: NDArray[np.uint8] | None) -> int:
+    """What the server at `url` had better read of a clip from memory: all or nothing."""
+    return clip.nbytes if clip is not None and clip.nbytes >= SHARED_CLIP_BYTES and is_this_machine(url) else 0
+
+
 class FrameRegion:
-    """Room for some frames of one size.
+    """Room for some frames, or clips, of one size.
 
     The space is reserved at once: writing to memory that /dev/shm turns out not to have would kill the process.
 
     Args:
-        num_slots: frames.
+        num_slots: of them.
         slot_bytes: bytes of one.
     Raises:
         OSError: this system has no such memory, or not enough.
@@ -61,11 +75,61 @@ class FrameRegion:
         """Takes the name away, once the server has opened it or refused to: nothing is left behind however this process ends."""
         os.unlink(self._path)
 
-    def write(self, slot: int, frame: NDArray[np.uint8]) -> Place:
-        """Copies a frame of `slot_bytes` to a slot and returns where it is."""
+    def write(self, slot: int, frames: NDArray[np.uint8]) -> Place:
+        """Copies frames of `slot_bytes` to a slot and returns where they are."""
         offset = slot * self.slot_bytes
-        np.ndarray(frame.shape, np.uint8, self._memory, offset)[...] = frame
+        np.ndarray(frames.shape, frames.dtype, self._memory, offset)[...] = frames
         return Place(self.name, offset)
 
     def close(self) -> None:
         self._memory.close()
+
+
+def share(stub: Any, num_slots: int, slot_bytes: int, timeout_s: float) -> FrameRegion | None:
+    """Memory that the server has opened, too; None where it cannot.
+
+    Args:
+        stub: GRPCInferenceServiceStub of a channel.
+        num_slots, slot_bytes: as of `FrameRegion`.
+        timeout_s: longest wait for the server.
+    """
+    with suppress(OSError):  # this system has no shared memory, or not enough
+        region = FrameRegion(num_slots, slot_bytes)
+        try:
+            stub.SystemSharedMemoryRegister(region.registration, timeout=timeout_s)
+            return region
+        except grpc.RpcError:  # the server forbids it, or is on another machine after all
+            region.close()
+        finally:
+            region.unlink()
+    return None
+
+
+def unshare(stub: Any, region: FrameRegion | None) -> None:
+    """Takes memory back, if there is any. Nothing of it may be waiting to be read: Triton 24.10 unmaps it all the same."""
+    if region:
+        with suppress(grpc.RpcError):
+            stub.SystemSharedMemoryUnregister(region.unregistration, timeout=FAREWELL_S)
+        region.close()
+
+
+async def share_async(stub: Any, num_slots: int, slot_bytes: int, timeout_s: float) -> FrameRegion | None:
+    """`share` for asyncio."""
+    with suppress(OSError):
+        region = FrameRegion(num_slots, slot_bytes)
+        try:
+            await stub.SystemSharedMemoryRegister(region.registration, timeout=timeout_s)
+            return region
+        except grpc.RpcError:
+            region.close()
+        finally:
+            region.unlink()
+    return None
+
+
+async def unshare_async(stub: Any, region: FrameRegion | None) -> None:
+    """`unshare` for asyncio."""
+    if region:
+        with suppress(grpc.RpcError):
+            await stub.SystemSharedMemoryUnregister(region.unregistration, timeout=FAREWELL_S)
+        region.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -14,12 +13,9 @@ from numpy.typing import NDArray
 from ._errors import SparrowClientError
 from ._protocol import TrackProtocol
 from ._question import AnswerSoFar, Frames
-from ._shared_memory import FrameRegion, is_this_machine
+from ._shared_memory import FAREWELL_S, FrameRegion, is_this_machine, share, unshare
 from ._stream import Stream, StreamBroken
 from ._types import FrameMasks, Prompt
-
-FAREWELL_S = 5
-"""Longest wait when a session is freed whose connection broke."""
 
 FAREWELL_TRIES = 3
 """A sequence that Triton is just cancelling refuses its next request, too."""
@@ -149,26 +145,11 @@ class TrackSession(Session):
     def _open(self, frame: NDArray[np.uint8]) -> Stream:
         """The stream of the session, and where the server takes it, shared memory for frames like this."""
         if self._shares_memory:
-            self._region = self._share(frame.nbytes)
+            self._region = share(self._stub, self._protocol.num_slots, frame.nbytes, self._timeout_s)
         self._stream = Stream(self._stub)
         return self._stream
 
-    def _share(self, frame_bytes: int) -> FrameRegion | None:
-        with suppress(OSError):  # this system has no shared memory, or not enough
-            region = FrameRegion(self._protocol.num_slots, frame_bytes)
-            try:
-                self._stub.SystemSharedMemoryRegister(region.registration, timeout=self._timeout_s)
-                return region
-            except grpc.RpcError:  # the server forbids it, or is on another machine after all
-                region.close()
-            finally:
-                region.unlink()
-        return None
-
     def _release(self) -> None:
         self._stream = None
-        if self._region:
-            with suppress(grpc.RpcError):
-                self._stub.SystemSharedMemoryUnregister(self._region.unregistration, timeout=self._farewell_s)
-            self._region.close()
-            self._region = None
+        unshare(self._stub, self._region)
+        self._region = None
