@@ -143,13 +143,14 @@ def check_wires(configs, contract):
         provided |= {outer: gives[inner] for inner, outer in step.output_map.items()}
     assert {tensor.name for tensor in ensemble.input} <= used
     for tensor in ensemble.output:
-        assert (tensor.data_type, list(tensor.dims)) == (provided[tensor.name].data_type, list(provided[tensor.name].dims))
+        assert tensor.data_type == provided[tensor.name].data_type
+        assert fits(tensor.dims, provided[tensor.name].dims)
     assert [step.model_name for step in ensemble.ensemble_scheduling.step] == list(contract.calls)
 
 
 def fits(taken, given):
     """Whether a tensor of one shape may go where the other is expected; -1 stands for any size."""
-    return len(taken) == len(given) and all(size in (-1, other) for size, other in zip(taken, given, strict=True))
+    return len(taken) == len(given) and all(-1 in pair or len(set(pair)) == 1 for pair in zip(taken, given, strict=True))
 
 
 def test_tracker_gets_everything_that_a_frame_may_bring(preset):
