@@ -48,7 +48,7 @@ def respond(logits: Array, scores: Arrays, size: tuple[int, int], mask_format: s
     # Column by column, as COCO counts: OpenCV transposes several times as fast as NumPy.
     counts[:] = [coco.encode(cv2.transpose(mask.view(np.uint8)).T)["counts"] for mask in masks[: len(counts)]]
     bits = np.packbits(masks.reshape(len(masks), size[0] * size[1]), axis=1) if mask_format == "bits" else np.zeros((0, 0), np.uint8)
-    areas = masks.sum((1, 2), dtype=np.int32)
+    areas = np.array([cv2.countNonZero(mask.view(np.uint8)) for mask in masks], np.int32)
     return {
         "mask_rle": counts,
         "mask_bits": bits,
@@ -63,13 +63,8 @@ def respond(logits: Array, scores: Arrays, size: tuple[int, int], mask_format: s
 
 def tight_boxes(masks: Array) -> Array:
     """[N, H, W] bool to [N, 4] int32 xyxy in pixels, right and bottom exclusive; zeros for an empty mask."""
-    edges = []
-    for axis in (1, 2):  # over the rows for x, over the columns for y
-        line = masks.any(axis)  # [N, H, W] -> [N, W or H]
-        first, last = line.argmax(1), line.shape[1] - line[:, ::-1].argmax(1)
-        edges.append(np.stack([first, last], 1) * line.any(1, keepdims=True))
-    (x1, x2), (y1, y2) = (edge.T for edge in edges)
-    boxes: Array = np.stack([x1, y1, x2, y2], 1).astype(np.int32)
+    boxes = np.array([cv2.boundingRect(mask.view(np.uint8)) for mask in masks], np.int32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]  # x, y, width, height -> xyxy
     return boxes
 
 
