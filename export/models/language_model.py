@@ -231,8 +231,10 @@ def over_prompt(positions: Tensor, window: int | None) -> Attend:
 def fill_(cache: Tensor, new: Tensor) -> None:
     """Writes what a prompt's tokens leave in a ring, in place: [N, heads, S, C / heads] at positions 0, 1, ..., of which the last stay."""
     kept = new[:, :, -cache.shape[2] :]
-    first = new.shape[2] - kept.shape[2]
-    cache[:, :, : kept.shape[2]] = kept.roll(first, 2)
+    count = kept.shape[2]
+    first = new.shape[2] % count if count < new.shape[2] else 0  # slot of the first that is kept
+    cache[:, :, first:count] = kept[:, :, : count - first]
+    cache[:, :, :first] = kept[:, :, count - first :]
 
 
 class Layer(nn.Module):
