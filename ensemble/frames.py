@@ -74,28 +74,30 @@ def check_frame_size(height: int, width: int, where: str) -> None:
 
 
 def decode_frames(files: Sequence[bytes], where: str) -> Array:
-    """JPEG or PNG files to frames.
+    """JPEG or PNG files to frames, all at once: decoding leaves the interpreter to others.
 
     Returns:
         [T, H, W, 3] uint8 RGB.
     Raises:
         InvalidInput: a file is not a picture, is too large, or differs in size from the first.
     """
-    frames: list[Array] = []
-    for index, file in enumerate(files):
-        try:
-            with Image.open(io.BytesIO(file), formats=("JPEG", "PNG")) as picture:
-                check_frame_size(picture.height, picture.width, f"{where}[{index}]")
-                frame = np.asarray(picture.convert("RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise InvalidInput(
-                f"{where}[{index}]: got {len(file)} bytes that are no readable JPEG or PNG ({error}). Encode it again."
-            ) from error
-        if frames and frame.shape != frames[0].shape:
+    with ThreadPoolExecutor() as pool:
+        frames = list(pool.map(decode_frame, files, [f"{where}[{index}]" for index in range(len(files))]))
+    for index, frame in enumerate(frames):
+        if frame.shape != frames[0].shape:
             got, expected = "x".join(map(str, frame.shape[:2])), "x".join(map(str, frames[0].shape[:2]))
             raise InvalidInput(f"{where}[{index}]: got {got} px, expected {expected} px as the first frame. Send frames of one size.")
-        frames.append(frame)
     return np.stack(frames)
+
+
+def decode_frame(file: bytes, where: str) -> Array:
+    """One of `decode_frames`: [H, W, 3]."""
+    try:
+        with Image.open(io.BytesIO(file), formats=("JPEG", "PNG")) as picture:
+            check_frame_size(picture.height, picture.width, where)
+            return np.asarray(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InvalidInput(f"{where}: got {len(file)} bytes that are no readable JPEG or PNG ({error}). Encode it again.") from error
 
 
 def context_frame(frame: Array, config: ModelConfig) -> Array:
