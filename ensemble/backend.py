@@ -265,6 +265,9 @@ class BlsRunner:
         with self._locks[component]:
             return self._device.run(graph, inputs) if on_device else graph.run(inputs)
 
+    def join(self, arrays: Sequence[DeviceArray]) -> DeviceArray:
+        return self._device.join(arrays)
+
     def session(self, component: str, parameters: Parameters) -> Session:
         def send(request: SequenceRequest) -> Arrays:
             flags = request.start * pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START

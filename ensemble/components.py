@@ -16,6 +16,7 @@ from .tensors import Component, Dim, TensorSpec, Tolerance
 
 IMAGES = Dim("images", 1, 1, 16)
 FRAMES = Dim("frames", 1, 1, settings.MAX_FRAME_BATCH)
+TRACKED_FRAMES = Dim("frames", 1, 1, settings.TRACKED_TOGETHER)
 CLIP_FRAMES = Dim("clip_frames", 1, 16, settings.MAX_FRAMES)
 TOKENS = Dim("tokens", 1, 16, 8192)
 SEQUENCES = Dim("sequences", 1, 1, settings.MAX_GENERATIONS)
@@ -283,7 +284,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
 
     session_frame = TensorSpec("frame", "uint8", (SESSION_HEIGHT, SESSION_WIDTH, 3), "RGB; 0 by 0 with END closes the session only")
     frame_size = TensorSpec("frame_size", "int32", (2,), "height and width of the caller's frame; 0, 0 closes the session only")
-    tracked_frame = tuple(TensorSpec(spec.name, spec.dtype, spec.shape[1:], spec.doc, optional=True) for spec in frame_tensors)
+    tracked_frames = tuple(replace(spec, shape=(TRACKED_FRAMES, *spec.shape[1:]), optional=True) for spec in frame_tensors)
     frame_idx = TensorSpec("frame_idx", "int32", (1,), "index of the frame in its session or clip, from 0")
     edits = (
         TensorSpec("text_embeddings", "float32", (TEXTS, dim), "[SEG] embeddings of objects to track from this frame on", optional=True),
@@ -318,11 +319,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
         TensorSpec("object_scores", "float32", (ANY_OBJECTS,), "> 0: the object is in the frame"),
         TensorSpec("visible", "bool", (ANY_OBJECTS,), "the mask is not empty and the score is positive"),
     )
-    tracked_masks = (
-        frame_idx,
-        TensorSpec("object_ids", "int32", (ANY_OBJECTS,), "of the objects, in the order of their arrival"),
-        *decoded_masks,
-    )
+    object_ids = TensorSpec("object_ids", "int32", (ANY_OBJECTS,), "of the objects, in the order of their arrival")
 
     served = [
         Component(
@@ -404,9 +401,9 @@ def components(config: ModelConfig) -> dict[str, Component]:
         ),
         Component(
             "tracker",
-            "One frame of tracking sessions; memories stay inside (spec 7).",
-            (*tracked_frame, frame_size, *edits),
-            tracked_masks,
+            "The next frames of tracking sessions, rows of a frame below those of the one before; memories stay inside (spec 7).",
+            (*tracked_frames, frame_size, *edits),
+            (replace(frame_idx, shape=(TRACKED_FRAMES,)), object_ids, *decoded_masks),
             serving="sequence",
             parts=("mask_downsampler", "memory_attention", "mask_decoder", "memory_encoder"),
         ),
@@ -414,7 +411,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
             "sparrow_track",
             "One request per frame, one correlation id per tracking session (public).",
             (session_frame, *edits),
-            tracked_masks,
+            (frame_idx, object_ids, *decoded_masks),
             serving="ensemble",
             calls=("frame_preprocessor", "frame_encoder", "tracker"),
         ),

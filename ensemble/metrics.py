@@ -41,9 +41,9 @@ MEMORY = Metric("sparrow_track_memory_bytes", "gauge", "Memory banks of these ob
 CLOSED = Metric(
     "sparrow_track_closed_sessions_total",
     "counter",
-    "Closed sessions: by END, or a START that failed; idle for too long; idle, to make room for another.",
+    "Closed sessions: by END, or a START that failed; by a request that failed half way; idle for too long; idle, to make room for another.",
     "reason",
-    ("ended", "expired", "evicted"),
+    ("ended", "failed", "expired", "evicted"),
 )
 FRAMES = Metric("sparrow_track_frames_total", "counter", "Frames answered.")
 REFUSED = Metric(
@@ -61,12 +61,15 @@ LIMITED = Metric(
     ("sessions", "session_objects", "memory"),
 )
 STEP_FRAMES = Metric(
-    "sparrow_track_step_frames", "histogram", "Frames of different sessions in one step.", buckets=powers_of_two(settings.MAX_FRAME_BATCH)
+    "sparrow_track_step_frames",
+    "histogram",
+    "Frames of different sessions, one of each, that are tracked together.",
+    buckets=powers_of_two(settings.MAX_FRAME_BATCH),
 )
 STEP_OBJECTS = Metric(
     "sparrow_track_step_objects",
     "histogram",
-    "Objects of all sessions in one step.",
+    "Objects on these frames.",
     buckets=powers_of_two(settings.MAX_FRAME_BATCH * settings.MAX_OBJECTS),
 )
 STAGE = Metric(

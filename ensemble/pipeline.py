@@ -98,8 +98,8 @@ class Objects:
     boxes: list[Array]
 
 
-FrameDecoder = Callable[[Arrays], Arrays]
-"""A frame's features to the masks of its objects."""
+FrameDecoder = Callable[[list[Arrays]], Iterator[Arrays]]
+"""Features of frames that follow each other to the masks of the objects on each."""
 
 
 class Timings:
@@ -238,16 +238,20 @@ class Pipeline:
         start = {"framewise": self._framewise, "tracked": self._tracked}
         with ExitStack() as stack:
             decoders = {branch: stack.enter_context(start[branch](clip, objects, options)) for branch in branches}
-            for frame_idx, frame in enumerate(encoded):
-                for branch, decode in decoders.items():
-                    with timings.stage("masks"):
-                        response = decode(frame)
-                    yield {
-                        **response,
-                        "branch": np.array([branch.encode()], object),
-                        "frame_idx": np.array([frame_idx], np.int32),
-                        "frame_size": np.array(clip.size, np.int32),
-                    }
+            frame_idx = 0
+            for frames in encoded.groups():
+                decoded = {branch: decode(frames) for branch, decode in decoders.items()}
+                for _ in frames:
+                    for branch, responses in decoded.items():
+                        with timings.stage("masks"):
+                            response = next(responses)
+                        yield {
+                            **response,
+                            "branch": np.array([branch.encode()], object),
+                            "frame_idx": np.array([frame_idx], np.int32),
+                            "frame_size": np.array(clip.size, np.int32),
+                        }
+                    frame_idx += 1
 
     def _select(self, clip: Clip, answer: Answer, frame: Arrays, proposals: Future[Arrays] | None, options: Options) -> Objects:
         """Boxes and embeddings of every [SEG] (spec 5)."""
@@ -289,10 +293,11 @@ class Pipeline:
             prompts = [Prompt(TEXT_ONLY, multimask=False, text=text) for text in objects.embeddings]
         starts = np.flatnonzero(np.diff(owners, prepend=-1))
 
-        def decode(frame: Arrays) -> Arrays:
-            decoded = self._decode(frame, prompts)
-            best = {name: np.maximum.reduceat(decoded[name], starts) for name in ("mask_logits", "predicted_iou", "object_scores")}
-            return masks.respond(best["mask_logits"], best, clip.size, options.mask_format)
+        def decode(frames: list[Arrays]) -> Iterator[Arrays]:
+            for frame in frames:
+                decoded = self._decode(frame, prompts)
+                best = {name: np.maximum.reduceat(decoded[name], starts) for name in ("mask_logits", "predicted_iou", "object_scores")}
+                yield masks.respond(best["mask_logits"], best, clip.size, options.mask_format)
 
         yield decode
 
@@ -309,11 +314,13 @@ class Pipeline:
         frame_size = np.array(clip.size, np.int32)
         with open_session(self.runner, "tracker", {"mask_format": options.mask_format}) as session:
 
-            def decode(frame: Arrays) -> Arrays:
-                one_frame = {name: array[0] for name, array in frame.items()}
-                response = session.step({**one_frame, "frame_size": frame_size, **({} if session.started else start)})
+            def decode(frames: list[Arrays]) -> Iterator[Arrays]:
+                joined = {name: self.runner.join([frame[name] for frame in frames]) for name in frames[0]}
+                response = session.step({**joined, "frame_size": frame_size, **({} if session.started else start)})
                 del response["object_ids"]  # the rows of `phrases`
-                return response
+                rows = {name: np.split(array, len(frames)) for name, array in response.items()}  # every frame has the same objects
+                for index in range(len(frames)):
+                    yield {name: own[index] for name, own in rows.items()}
 
             yield decode
 
@@ -378,10 +385,20 @@ class FrameFeatures:
                 self._futures[ahead] = self._pool.submit(self._encode, ahead)
         return self._futures[index].result()
 
-    def __iter__(self) -> Iterator[Arrays]:
-        for index in range(len(self._clip.frames)):
-            yield self[index]
-            del self._futures[index]
+    def groups(self) -> Iterator[list[Arrays]]:
+        """Every frame once and in order: frame 0, whose masks are waited for, then the next with those behind it that are there already."""
+        index = 0
+        while index < len(self._clip.frames):
+            frames = [self[index]]
+            while index and len(frames) < settings.TRACKED_TOGETHER and self._is_there(index + len(frames)):
+                frames.append(self[index + len(frames)])
+            for _ in frames:
+                del self._futures[index]
+                index += 1
+            yield frames
+
+    def _is_there(self, index: int) -> bool:
+        return index in self._futures and self._futures[index].done()
 
     def cancel(self) -> None:
         """Drops what nobody will read."""

@@ -67,6 +67,9 @@ class Edits:
     reset: bool
 
 
+NO_EDITS = Edits({}, frozenset(), reset=False)
+
+
 def read_edits(inputs: Arrays, reset: bool, size: tuple[int, int], image_size: int) -> Edits:
     """The edits of a request.
 

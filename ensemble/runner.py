@@ -73,6 +73,9 @@ class Runner(Protocol):
             on_device: leaves the outputs on the GPU that has computed them, for other components; else they are NumPy's.
         """
 
+    def join(self, arrays: Sequence[Any]) -> Any:
+        """[n1 + n2 + ..., ...] of outputs [n, ...] of several calls, where `run` has left them."""
+
     def session(self, component: str, parameters: Parameters) -> Session:
         """A new sequence of a component with state."""
 
@@ -158,6 +161,9 @@ class Device(Protocol):
     def hosts(self, arrays: Mapping[str, DeviceArray]) -> Arrays:
         """Several as `host`, with one wait."""
 
+    def fetch(self, arrays: Mapping[str, DeviceArray]) -> Callable[[], Arrays]:
+        """Sends arrays to the host; what it returns waits until they are there, and for nothing that is launched later."""
+
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:
         """Yields what tells, once results are on the host, the seconds that the device was busy inside."""
@@ -205,6 +211,9 @@ class Host:
     def hosts(self, arrays: Mapping[str, Array]) -> Arrays:
         return dict(arrays)
 
+    def fetch(self, arrays: Mapping[str, Array]) -> Callable[[], Arrays]:
+        return lambda: dict(arrays)
+
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:
         start = stop = time.perf_counter()
@@ -238,6 +247,9 @@ class LocalRunner:
 
     def run(self, component: str, inputs: Arrays, on_device: bool = False) -> Arrays:
         return self.graphs[component].run(inputs)
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        return np.concatenate(arrays)
 
     def session(self, component: str, parameters: Parameters) -> Session:
         def send(request: SequenceRequest) -> Arrays:

@@ -41,7 +41,7 @@ class SessionStore(Generic[State]):
         self.owner, self.capacity, self.idle_s, self._clock = owner, capacity, idle_s, clock
         self.evictable_idle_s = idle_s if evictable_idle_s is None else evictable_idle_s
         self.on_close: Callable[[str], None] = lambda reason: None
-        """Told why a session was closed: ended, expired or evicted."""
+        """Told why a session was closed: ended, failed, expired or evicted."""
         self._sessions: dict[int, Session[State]] = {}
         self._obituaries: OrderedDict[int, str] = OrderedDict()
 
@@ -87,6 +87,11 @@ class SessionStore(Generic[State]):
         """Frees a session; nothing happens when it is not open."""
         if self._sessions.pop(session_id, None):
             self.on_close("ended")
+
+    def fail(self, session_id: int) -> None:
+        """Closes a session that was left half way; nothing happens when it is not open."""
+        if session_id in self._sessions:
+            self._drop(session_id, "failed", "it was closed when a request failed half way")
 
     def expire(self) -> None:
         """Closes the sessions that were idle for longer than `idle_s`."""

@@ -106,6 +106,10 @@ Frames do not wait: those that come while a step runs share the next.
 """
 MAX_FRAME_BATCH = 8
 """Frames of different sessions in one step."""
+TRACKED_TOGETHER = 4
+"""Frames of one session in a request to the tracker. A request pays for a hop between processes and for a wait of several ms, however many
+frames it holds; with more, the masks of the first come later, and so do those of the sessions that share the step.
+"""
 ENCODER_BATCH = 4
 """Frames in one call of frame_encoder: more at once take no less time each, hold 2.5 GB more of a GPU, and let the tracker wait."""
 MAX_OBJECT_BATCH = 16

@@ -1,7 +1,10 @@
-"""Tracking sessions: one step takes the next frame of several sessions and returns their masks (spec 7).
+"""Tracking sessions: one step takes the next frames of several sessions and returns their masks (spec 7).
 
 request ─► edits ─┬─ objects that start: their prompts, turn by turn ─► mask_decoder ─► memory_encoder ─────────┬─► memory bank
                   └─ the others: memory bank ─► memory_attention ─► mask_decoder ─► memory_encoder, as one call ┴─► masks of the frame
+
+A step goes round by round: the first takes the first frame of every request and its edits, the next takes the second frames, whose objects all
+go on, and so forth. All rounds are launched before the host waits for the masks of the first: it makes responses while the device works on.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from .decoding import TRACKED, Prompt, Propagation, decode_masks, gated
 from .errors import Cancelled, CapacityExceeded, InvalidInput, SparrowError, known
 from .memory import MemoryBank, bank_bytes
 from .options import TrackOptions
-from .prompts import Edits, ObjectPrompt, read_edits
+from .prompts import NO_EDITS, Edits, ObjectPrompt, read_edits
 from .runner import Device, DeviceArray, Graph, Host, SequenceRequest
 from .sessions import SessionStore
 from .tensors import Array, Arrays
@@ -77,10 +80,10 @@ class TrackState:
 
 @dataclass(frozen=True)
 class Target:
-    """An object on a frame of the running step.
+    """An object on a frame of the running round.
 
     Args:
-        frame: index of its frame in the step.
+        frame: index of its frame in the round.
         object_id: the caller's.
         start: its prompts, where it starts here, or
         bank: its memory.
@@ -94,12 +97,27 @@ class Target:
 
 @dataclass(frozen=True)
 class Frame:
-    """A request's frame in the running step."""
+    """A request's frame in the running step.
+
+    Args:
+        request: brings it.
+        state: of its session.
+        options: of the request.
+        targets: its objects.
+        frame_idx: its index in the session.
+        place: its index in the request.
+    """
 
     request: SequenceRequest
     state: TrackState
-    targets: list[Target]
     options: TrackOptions
+    targets: list[Target]
+    frame_idx: int
+    place: int = 0
+
+
+Seen = Callable[[], Arrays]
+"""Waits for what the host sees of an object: mask_logits, [L, L] float32, gated; predicted_iou and object_scores, scalars."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +125,12 @@ class Decoded:
     """An object's mask and what its memory takes.
 
     Args:
-        mask_logits: [L, L] float32, gated.
-        predicted_iou, object_score: scalars.
+        seen: its mask and scores, on their way to the host.
         maps: [C, g, g], on the device.
         pointer: [D], on the device.
     """
 
-    mask_logits: Array
-    predicted_iou: float
-    object_score: float
+    seen: Seen
     maps: DeviceArray
     pointer: DeviceArray
 
@@ -157,7 +172,8 @@ class Tracker:
     def step(self, requests: list[SequenceRequest]) -> list[Arrays | SparrowError]:
         """One result per request, in order; a bad request fails alone and changes nothing.
 
-        Results hold the masks of the request's objects at its frame's size; a closing request gets no objects.
+        Results hold the masks of the request's objects on its first frame, then those on its next, at the size of its frames; a closing request
+        gets no objects. When the step itself fails, sessions that are beyond the first frame of their requests are closed.
         """
         results: dict[int, Arrays | SparrowError] = {}
         frames: dict[int, Frame] = {}
@@ -167,7 +183,7 @@ class Tracker:
                 frame = self._admit(request, len(frames))
                 ours.add(position)
                 if frame is None:
-                    results[position] = self._respond([], TrackState((1, 1)), TrackOptions())
+                    results[position] = self._respond(Frame(request, TrackState((1, 1)), TrackOptions(), [], frame_idx=0), [])
                 else:
                     frames[position] = frame
             except Exception as error:
@@ -183,6 +199,8 @@ class Tracker:
             failed = isinstance(results[position], SparrowError)
             if failed:
                 self.metrics.add(metrics.REFUSED, 1, type(results[position]).__name__)
+            if failed and position in frames and frames[position].state.frame_idx > frames[position].frame_idx:
+                self.sessions.fail(request.session_id)
             if (request.end or (request.start and failed)) and (position in ours or not request.start):
                 self.sessions.close(request.session_id)
         self._report()
@@ -205,7 +223,7 @@ class Tracker:
     # Admission -------------------------------------------------------------------------------------------------------
 
     def _admit(self, request: SequenceRequest, index: int) -> Frame | None:
-        """The request as a frame of this step, None where it only closes; raises SparrowError when it cannot be served."""
+        """The first frame of a request, None where it only closes; raises SparrowError when it cannot be served."""
         if request.cancelled:
             raise Cancelled("tracker: the request was cancelled before its turn. The session is as it was.")
         self._contract.check_inputs(request.inputs)
@@ -239,7 +257,7 @@ class Tracker:
             if request.start:
                 self.sessions.close(request.session_id)
             raise
-        return Frame(request, state, targets, options)
+        return Frame(request, state, options, targets, state.frame_idx)
 
     def _check_frame(self, state: TrackState, size: tuple[int, int], frame_idx: int) -> None:
         """Raises InvalidInput for a frame of another size, or one that is not due."""
@@ -270,40 +288,50 @@ class Tracker:
 
     # The step --------------------------------------------------------------------------------------------------------
 
-    def _track(self, frames: list[Frame]) -> list[Arrays]:
-        """Decodes, remembers and encodes the objects of all frames together."""
-        if not frames:
-            return []
+    def _track(self, first: list[Frame]) -> list[Arrays]:
+        """The responses to the requests of these frames and of those that follow them: launches all rounds, then makes what is there."""
         self._elapsed = []
+        launched: list[tuple[Frame, list[Seen]]] = []
+        frames = first
+        while frames:
+            launched += zip(frames, self._launch(frames), strict=True)
+            frames = following(frames)
+        parts: dict[int, list[Arrays]] = {frame.request.session_id: [] for frame in first}
+        for frame, own in launched:
+            seen = [wait() for wait in own]
+            with self._stage("respond", Host()):
+                parts[frame.request.session_id].append(self._respond(frame, seen))
+        self.metrics.add(metrics.FRAMES, len(launched))
+        for stage, elapsed in self._elapsed:
+            self.metrics.add(metrics.STAGE, elapsed(), stage)
+        return [{name: np.concatenate([part[name] for part in own]) for name in own[0]} for own in parts.values()]
+
+    def _launch(self, frames: list[Frame]) -> list[list[Seen]]:
+        """One round: decodes and remembers the objects of all frames together; waits for nothing but objects that start."""
         targets = [target for frame in frames for target in frame.targets]
         self.metrics.observe(metrics.STEP_FRAMES, len(frames))
         self.metrics.observe(metrics.STEP_OBJECTS, len(targets))
-        features = {name: self._device.stack([frame.request.inputs[name] for frame in frames]) for name in FRAME_TENSORS}
+        features = {name: self._device.stack([frame.request.inputs[name][frame.place] for frame in frames]) for name in FRAME_TENSORS}
         decoded: dict[tuple[int, int], Decoded] = {}
         for chunk in chunks(targets):
             results = self._decode(chunk, features)
             decoded |= {(target.frame, target.object_id): result for target, result in zip(chunk, results, strict=True)}
+        own = [[decoded[target.frame, target.object_id] for target in frame.targets] for frame in frames]
+        for frame, results in zip(frames, own, strict=True):
+            self._remember(frame, results)
+        return [[result.seen for result in results] for results in own]
 
-        responses = []
-        with self._stage("respond", Host()):
-            for frame in frames:
-                own = [decoded[target.frame, target.object_id] for target in frame.targets]
-                responses.append(self._respond(own, frame.state, frame.options, [target.object_id for target in frame.targets]))
-        for frame in frames:  # from here on nothing can fail
-            banks = {}
-            for target in frame.targets:
-                result = decoded[target.frame, target.object_id]
-                if target.bank is None:
-                    banks[target.object_id] = MemoryBank(self._config.sam2, self._device, result.maps, result.pointer)
-                else:
-                    target.bank.append(result.maps, result.pointer)
-                    banks[target.object_id] = target.bank
-            frame.state.banks = banks
-            frame.state.frame_idx += 1
-        self.metrics.add(metrics.FRAMES, len(frames))
-        for stage, elapsed in self._elapsed:
-            self.metrics.add(metrics.STAGE, elapsed(), stage)
-        return responses
+    def _remember(self, frame: Frame, results: list[Decoded]) -> None:
+        """Brings a session to its next frame, from which on it is not as it was: a step that fails later closes it."""
+        frame.state.frame_idx += 1
+        banks = {}
+        for target, result in zip(frame.targets, results, strict=True):
+            if target.bank is None:
+                banks[target.object_id] = MemoryBank(self._config.sam2, self._device, result.maps, result.pointer)
+            else:
+                target.bank.append(result.maps, result.pointer)
+                banks[target.object_id] = target.bank
+        frame.state.banks = banks
 
     def _decode(self, chunk: list[Target], features: Mapping[str, DeviceArray]) -> list[Decoded]:
         """A chunk's masks and memories: its objects all start, or have memories of one age."""
@@ -314,9 +342,9 @@ class Tracker:
         starts = chunk[0].bank is None
         with self._stage("start" if starts else "track"):
             outputs = self._start(chunk, object_frame, features) if starts else self._continue(chunk, object_frame, features)
-        seen = self._device.hosts({name: outputs[name] for name in ("mask_logits", "predicted_iou", "object_scores")})
-        kept = {name: self._device.put(outputs[name]) for name in ("memory_maps", "object_pointers")}
-        return [Decoded(*rows) for rows in zip(*seen.values(), *kept.values(), strict=True)]
+        seen = self._device.fetch({name: outputs[name] for name in ("mask_logits", "predicted_iou", "object_scores")})
+        kept = (self._device.put(outputs[name]) for name in ("memory_maps", "object_pointers"))
+        return [Decoded(partial(row, seen, index), *own) for index, own in enumerate(zip(*kept, strict=True))]
 
     def _continue(self, chunk: list[Target], object_frame: DeviceArray, features: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
         """Condition on each object's memories, decode without a prompt, remember (spec 7.5)."""
@@ -376,19 +404,30 @@ class Tracker:
             yield
         self._elapsed.append((name, elapsed))
 
-    def _respond(self, decoded: list[Decoded], state: TrackState, options: TrackOptions, object_ids: Sequence[int] = ()) -> Arrays:
-        """The outputs of a request: masks at the frame's size and their scores."""
+    def _respond(self, frame: Frame, seen: list[Arrays]) -> Arrays:
+        """The outputs of a request for one of its frames: masks at the frame's size and their scores, of what was seen of its objects."""
         low_res = self._config.sam2.low_res
-        logits = np.stack([one.mask_logits for one in decoded]) if decoded else np.zeros((0, low_res, low_res), np.float32)
-        scores = {
-            "predicted_iou": np.array([one.predicted_iou for one in decoded], np.float32),
-            "object_scores": np.array([one.object_score for one in decoded], np.float32),
-        }
+        logits = np.stack([own["mask_logits"] for own in seen]) if seen else np.zeros((0, low_res, low_res), np.float32)
+        scores = {name: np.array([own[name] for own in seen], np.float32) for name in ("predicted_iou", "object_scores")}
         return {
-            "frame_idx": np.array([state.frame_idx], np.int32),
-            "object_ids": np.array(object_ids, np.int32),
-            **masks.respond(logits, scores, state.size, options.mask_format),
+            "frame_idx": np.array([frame.frame_idx], np.int32),
+            "object_ids": np.array([target.object_id for target in frame.targets], np.int32),
+            **masks.respond(logits, scores, frame.state.size, frame.options.mask_format),
         }
+
+
+def following(frames: list[Frame]) -> list[Frame]:
+    """The next frame of every request that has one; its objects all go on."""
+    rest = [frame for frame in frames if frame.place + 1 < len(frame.request.inputs[FRAME_TENSORS[0]])]
+    return [
+        replace(frame, targets=plan(index, frame.state, NO_EDITS), frame_idx=frame.frame_idx + 1, place=frame.place + 1)
+        for index, frame in enumerate(rest)
+    ]
+
+
+def row(arrived: Callable[[], Arrays], index: int) -> Arrays:
+    """One object of a call whose results are on their way."""
+    return {name: array[index] for name, array in arrived().items()}
 
 
 def plan(frame: int, state: TrackState, edits: Edits) -> list[Target]:

@@ -15,7 +15,7 @@ from ensemble.config import ModelConfig
 from ensemble.runner import LocalRunner, open_session
 from ensemble.selection import rank
 from ensemble.tensors import Array, Arrays
-from ensemble.tracker import FRAME_TENSORS, Tracker
+from ensemble.tracker import Tracker
 
 from .gate import run_module
 from .models import empty_module
@@ -117,8 +117,7 @@ def of_features(checkpoint: Checkpoint) -> dict[str, list[Arrays]]:
     encoded = [runner.run("frame_encoder", encoder_inputs(frame, config)) for frame in frames]
     with open_session(runner, "tracker") as session:
         for features in encoded:
-            frame = {name: features[name][0] for name in FRAME_TENSORS}
-            session.step({**frame, "frame_size": np.array(size, np.int32), **({} if session.started else start)})
+            session.step({**features, "frame_size": np.array(size, np.int32), **({} if session.started else start)})
     if guided:
         detected = runner.run("proposal_detector", of_pictures(config)["proposal_detector"])
         proposals = rank(detected, settings.PROPOSAL_TOPK, settings.COCO_SCORE_POWER, settings.SA1B_SCORE_POWER)

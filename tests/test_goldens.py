@@ -31,6 +31,9 @@ class Recorder:
         self.calls.append(component)
         return self._runner.run(component, inputs, on_device)
 
+    def join(self, arrays):
+        return self._runner.join(arrays)
+
     def session(self, component, parameters):
         return self._runner.session(component, parameters)
 

@@ -213,7 +213,7 @@ class Subject:
     def encode(self, frame: Tensor) -> Arrays:
         """Outputs of frame_encoder for a frame [3, S, S] that is normalised already, as the official predictor takes it."""
         levels = self.encoder.encode(frame[None].to(torch_device()))
-        return {name: level[0].cpu().numpy() for name, level in zip(FRAME_TENSORS, levels, strict=True)}
+        return {name: level.cpu().numpy() for name, level in zip(FRAME_TENSORS, levels, strict=True)}
 
     @cached_property
     def clip(self) -> Tensor:

@@ -105,8 +105,7 @@ def test_sam2_file_tracks_a_box_a_point_and_a_mask_as_in_this_process(tracking, 
         for index, frame in enumerate(CLIP[:2]):
             inputs = session_frame({"frame": frame}, HostPreprocessor(sam2.config))
             features = runner.run("frame_encoder", {name: inputs[name][None] for name in ("pictures", "picture_sizes")})
-            one_frame = {name: array[0] for name, array in features.items()}
-            expected = local.step({**one_frame, "frame_size": inputs["frame_size"], **({} if index else start)})
+            expected = local.step({**features, "frame_size": inputs["frame_size"], **({} if index else start)})
             (result,) = session.push(frame)
             assert (result.frame_idx, result.object_ids.tolist()) == (index, [0, 1, 2])
             bits = np.unpackbits(expected["mask_bits"], axis=1, count=frame.shape[0] * frame.shape[1]).reshape(result.masks.shape)

@@ -122,15 +122,15 @@ def random_array(*shape, seed):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def features(seed):
-    """frame_encoder's outputs for one frame."""
-    contract = CONTRACTS["frame_encoder"]
-    return {spec.name: random_array(*spec.shape[1:], seed=[seed, index]) for index, spec in enumerate(contract.outputs)}
+def features(*seeds):
+    """frame_encoder's outputs for a frame per seed."""
+    outputs = enumerate(CONTRACTS["frame_encoder"].outputs)
+    return {spec.name: np.stack([random_array(*spec.shape[1:], seed=[seed, index]) for seed in seeds]) for index, spec in outputs}
 
 
-def request(session_id, seed, objects=None, start=False, end=False, **parameters):
-    """The next frame of a session, with the prompts of `objects`."""
-    inputs = {**features(seed), "frame_size": np.array(SIZE, np.int32), **(objects or {})}
+def request(session_id, seeds, objects=None, start=False, end=False, **parameters):
+    """The next frame of a session, or several, with the prompts of `objects`."""
+    inputs = {**features(*np.atleast_1d(seeds)), "frame_size": np.array(SIZE, np.int32), **(objects or {})}
     return SequenceRequest(session_id, inputs, start=start, end=end, parameters=parameters)
 
 
@@ -198,7 +198,6 @@ class SlowTrack:
 
     def next(self, frame):
         """The decoded tensors of one frame."""
-        frame = {name: array[None] for name, array in frame.items()}
         decoded = self._continue(frame) if self.maps else self._condition(frame)
         (memory,) = self._graphs["memory_encoder"].run(
             {
@@ -414,7 +413,7 @@ def test_memories_are_given_with_their_rows_and_distances_to_the_objects_of_each
     assert [len(call["object_frame"]) for call in graphs["memory_attention"].calls] == [4, 1, 1]
     for (call, index), (frame, track) in zip(given, expected, strict=True):
         assert call["object_frame"][index] == frame
-        np.testing.assert_array_equal(call["frame_embeddings"][frame], features(50 + order[frame])["frame_embeddings"])
+        np.testing.assert_array_equal(call["frame_embeddings"][frame], features(50 + order[frame])["frame_embeddings"][0])
         maps = {int(row): call["memory_maps"][index, slot] for slot, row in enumerate(call["memory_rows"][index])}
         ages = enumerate(call["pointer_distances"][index])
         check_memory(maps, {int(ago): call["object_pointers"][index, slot] for slot, ago in ages}, track)
@@ -682,10 +681,21 @@ BAD_REQUESTS = {
     ),
     "no size": (changed(start(9, 0, text(1)), frame_size=None), InvalidInput, "tracker.frame_size: got nothing"),
     "other features": (
-        changed(start(9, 0, text(1)), high_res_0=np.zeros((8, 3, 3), np.float32)),
+        changed(start(9, 0, text(1)), high_res_0=np.zeros((1, 8, 3, 3), np.float32)),
         InvalidInput,
-        r"tracker.high_res_0: got \[8, 3, 3\]",
+        r"tracker.high_res_0: got \[1, 8, 3, 3\]",
     ),
+    "features of a frame without their dimension of frames": (
+        changed(request(1, 1), high_res_0=features(1)["high_res_0"][0]),
+        InvalidInput,
+        r"tracker.high_res_0: got \[8, 64, 64\] float32, expected \[frames 1..4, 8, 64, 64\] float32",
+    ),
+    "features of other numbers of frames": (
+        changed(request(1, [1, 2]), high_res_0=features(1)["high_res_0"]),
+        InvalidInput,
+        r"tracker.high_res_0: got \[1, 8, 64, 64\] float32, expected frames = 2 as in frame_embeddings",
+    ),
+    "too many frames": (request(1, range(5)), InvalidInput, r"tracker.frame_embeddings: got \[5, .*Keep frames within 1..4"),
     "frame of another size": (
         changed(request(1, 1), frame_size=np.array([64, 48], np.int32)),
         InvalidInput,

@@ -206,7 +206,7 @@ def test_tracks_are_trained_as_the_tracker_computes_them(model, pool):
     names = ("mask_downsampler", "memory_attention", "mask_decoder", "memory_encoder")
     tracker = Tracker(TINY, {name: TorchGraph(model.graph(name).eval(), name) for name in names}, TorchDevice())
     for index in range(num_frames):
-        features = dict(zip(("frame_embeddings", "high_res_1", "high_res_0"), (level[0].numpy() for level in steps[index]), strict=True))
+        features = dict(zip(("frame_embeddings", "high_res_1", "high_res_0"), (level.numpy() for level in steps[index]), strict=True))
         inputs = {**features, "frame_size": np.array([size, size], np.int32)}
         start = {"boxes": box.numpy(), "box_objects": np.zeros(1, np.int32)} if index == 0 else {}
         (result,) = tracker.step([SequenceRequest(1, {**inputs, **start}, start=index == 0, parameters={"mask_format": "logits"})])
