@@ -41,7 +41,7 @@ MEMORY = Metric("sparrow_track_memory_bytes", "gauge", "Memory banks of these ob
 CLOSED = Metric(
     "sparrow_track_closed_sessions_total",
     "counter",
-    "Closed sessions: by END, or a START that failed; by a request that failed half way; idle for too long; idle, to make room for another.",
+    "Closed sessions: by END, or a START that failed; by frames that failed half way; idle for too long; idle, to make room for another.",
     "reason",
     ("ended", "failed", "expired", "evicted"),
 )

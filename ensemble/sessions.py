@@ -91,7 +91,7 @@ class SessionStore(Generic[State]):
     def fail(self, session_id: int) -> None:
         """Closes a session that was left half way; nothing happens when it is not open."""
         if session_id in self._sessions:
-            self._drop(session_id, "failed", "it was closed when a request failed half way")
+            self._drop(session_id, "failed", "it was closed when its frames failed half way")
 
     def expire(self) -> None:
         """Closes the sessions that were idle for longer than `idle_s`."""

@@ -3,8 +3,8 @@
 request ─► edits ─┬─ objects that start: their prompts, turn by turn ─► mask_decoder ─► memory_encoder ─────────┬─► memory bank
                   └─ the others: memory bank ─► memory_attention ─► mask_decoder ─► memory_encoder, as one call ┴─► masks of the frame
 
-A step goes round by round: the first takes the first frame of every request and its edits, the next takes the second frames, whose objects all
-go on, and so forth. All rounds are launched before the host waits for the masks of the first: it makes responses while the device works on.
+A step goes round by round: the first takes the first frame of every request, with its edits, the others the frames behind it, whose objects
+all go on. All rounds are launched before the host waits for the masks of the first: it makes responses while the device works on.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ class Tracker:
     def step(self, requests: list[SequenceRequest]) -> list[Arrays | SparrowError]:
         """One result per request, in order; a bad request fails alone and changes nothing.
 
-        Results hold the masks of the request's objects on its first frame, then those on its next, at the size of its frames; a closing request
-        gets no objects. When the step itself fails, sessions that are beyond the first frame of their requests are closed.
+        Results hold the masks of the request's objects at the size of its frames, those of the first before those of the next; a closing
+        request gets no objects. Should frames behind the first fail, the sessions of the step have gone half way and are closed.
         """
         results: dict[int, Arrays | SparrowError] = {}
         frames: dict[int, Frame] = {}
@@ -342,7 +342,7 @@ class Tracker:
         starts = chunk[0].bank is None
         with self._stage("start" if starts else "track"):
             outputs = self._start(chunk, object_frame, features) if starts else self._continue(chunk, object_frame, features)
-        seen = self._device.fetch({name: outputs[name] for name in ("mask_logits", "predicted_iou", "object_scores")})
+        seen = cache(self._device.fetch({name: outputs[name] for name in ("mask_logits", "predicted_iou", "object_scores")}))
         kept = (self._device.put(outputs[name]) for name in ("memory_maps", "object_pointers"))
         return [Decoded(partial(row, seen, index), *own) for index, own in enumerate(zip(*kept, strict=True))]
 

@@ -3,6 +3,8 @@
 A replay itself takes a GPU; here a stand-in of `Captured` runs the call again, and refuses what cannot be captured.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -172,11 +174,11 @@ def gpu(graphs, monkeypatch):
     return OnGpu()
 
 
-def request(session_id, frame_idx, num_objects):
-    """The next frame of a session, its features where the frame encoder leaves them; its first starts objects from texts."""
+def request(session_id, frame_idx, num_objects, num_frames=1):
+    """The next frames of a session, their features where the frame encoder leaves them; its first starts objects from texts."""
     rng = np.random.default_rng([session_id, frame_idx])
     specs = CONTRACTS["frame_encoder"].outputs
-    inputs = {spec.name: torch.from_numpy(rng.standard_normal(spec.shape[1:], np.float32)) for spec in specs}
+    inputs = {spec.name: torch.from_numpy(rng.standard_normal((num_frames, *spec.shape[1:]), np.float32)) for spec in specs}
     start = {} if frame_idx else {"text_embeddings": rng.standard_normal((num_objects, SAM2.width), np.float32)}
     inputs |= {"frame_size": np.array(SIZE, np.int32), **start}
     return SequenceRequest(session_id, inputs, start=not frame_idx, parameters={"mask_format": "logits"})
@@ -197,6 +199,16 @@ def test_frame_of_objects_that_go_on_is_one_launch_two_small_copies_and_one_wait
         if frame_idx > 3:  # nobody starts, and what is the same on every frame is there
             assert gpu.sent == [("int64", (count, slots)) for count, age in ages for slots in (min(age, 7), age)]
             assert gpu.waits == len(ages)
+
+
+def test_frames_of_a_request_are_all_launched_before_the_host_waits_for_the_first(graphs, gpu, monkeypatch):
+    tracker = Tracker(TINY, graphs, gpu)
+    tracker.step([request(1, 0, 2), request(2, 0, 1)])
+    launches, events = tracker.propagation._captured.launches, []
+    monkeypatch.setattr(gpu, "mark", lambda: partial(lambda launched: events.append((launched, len(launches))), len(launches)))
+    results = tracker.step([request(1, 1, 2, num_frames=4), request(2, 1, 1, num_frames=2)])
+    assert [result["frame_idx"].tolist() for result in results] == [[1, 2, 3, 4], [1, 2]]
+    assert events == [(launched, 6) for launched in (1, 2, 3, 4, 5, 6)]  # rounds of two calls each, then of one; each waits for its own
 
 
 def test_no_frame_waits_for_a_capture_after_warming_up(graphs, gpu, monkeypatch):

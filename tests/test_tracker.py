@@ -9,6 +9,7 @@ import gc
 import random
 import weakref
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -487,6 +488,109 @@ def test_prompts_come_in_few_lengths(tracker, graphs):
     assert {call["prompt_labels"].shape[1] for call in graphs["mask_decoder"].calls} == {3, 16}
 
 
+# Several frames in a request ------------------------------------------------------------------------------------------------
+
+
+def together(results):
+    """One response of those to frames that were sent one by one."""
+    return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
+
+
+def assert_equal(result, expected):
+    if isinstance(result, Exception):
+        raise result
+    assert set(result) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(result[name], array)
+
+
+def check_frames_together(graphs, device, sizes):
+    """Frames in requests of these sizes, against one by one; objects start, leave and start anew on frames 0 and 4."""
+    edits = {0: OBJECTS["everything"], 4: boxes(7, 2, seed=2) | {"removed_objects": np.array([1], np.int32)}}
+    alone, several = Tracker(TINY, graphs, device), Tracker(TINY, graphs, device)
+    first = 0
+    for size in sizes:
+        frames = range(first, first + size)
+        options = {"start": not first, "mask_format": ("rle", "bits", "logits")[first % 3]}
+        expected = [alone.step([request(1, frames[0], edits.get(first), **options)])[0]]
+        options["start"] = False
+        expected += [alone.step([request(1, frame, **options)])[0] for frame in frames[1:]]
+        (result,) = several.step([request(1, frames, edits.get(first), **options | {"start": not first}, frame_idx=first)])
+        assert_equal(result, together(expected))
+        first += size
+    assert result["frame_idx"].tolist() == list(frames)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 2), (3, 1, 3), (1, 3, 1, 4, 4, 4, 4)])
+def test_frames_of_one_request_equal_those_sent_one_by_one(graphs, sizes):
+    check_frames_together(graphs, Host(), sizes)
+
+
+@pytest.mark.parametrize("device", [Host(), TorchDevice()], ids=["host", "torch"])
+def test_frames_of_one_request_equal_those_sent_one_by_one_on_torch_graphs(torch_graphs, device):
+    check_frames_together(torch_graphs, device, (3, 1, 4))
+
+
+@pytest.mark.parametrize("device", [Host(), TorchDevice()], ids=["host", "torch"])
+def test_sessions_with_different_numbers_of_frames_share_rounds(torch_graphs, device):
+    sessions = {1: (4, text(2)), 2: (1, boxes(0)), 3: (2, drawn(4) | boxes(5, 6)), 4: (4, points(1))}
+    alone, several = Tracker(TINY, torch_graphs, device), Tracker(TINY, torch_graphs, device)
+    for step in range(2):
+        seeds = {session: [100 * session + 10 * step + index for index in range(size)] for session, (size, _) in sessions.items()}
+        objects = {session: own if step == 0 else boxes(50 + session, seed=session) for session, (_, own) in sessions.items()}
+        expected = {session: [] for session in sessions}
+        for index in range(4):
+            going = [session for session, own in seeds.items() if index < len(own)]
+            turn = [
+                request(session, seeds[session][index], None if index else objects[session], start=not step + index) for session in going
+            ]
+            for session, result in zip(going, alone.step(turn), strict=True):
+                expected[session].append(result)
+        requests = [request(session, own, objects[session], start=not step) for session, own in seeds.items()]
+        for session, result in zip(sessions, several.step(requests), strict=True):
+            assert_equal(result, together(expected[session]))
+    assert several.metrics.observations == alone.metrics.observations
+    assert several.metrics.counts[metrics.FRAMES, ""] == alone.metrics.counts[metrics.FRAMES, ""] == 2 * (4 + 1 + 2 + 4)
+
+
+def test_next_frame_that_is_due_is_the_one_behind_those_of_the_request(tracker):
+    tracker.step([start(1, [0, 1, 2], text(1))])
+    with pytest.raises(InvalidInput, match="tracker: got frame 1, expected frame 3"):
+        raise tracker.step([request(1, [3, 4], frame_idx=1)])[0]
+    (last,) = tracker.step([request(1, [3, 4], frame_idx=3, end=True)])
+    assert last["frame_idx"].tolist() == [3, 4]
+    assert len(tracker.sessions) == 0
+
+
+def test_frames_without_objects_are_counted_and_answered(tracker):
+    tracker.step([start(1, 0, boxes(4))])
+    (result,) = tracker.step([request(1, [1, 2], {"removed_objects": np.array([4], np.int32)}, mask_format="bits")])
+    assert (result["frame_idx"].tolist(), result["object_ids"].tolist()) == ([1, 2], [])
+
+
+@pytest.mark.parametrize("part", ["memory_attention", "mask_decoder", "memory_encoder"])
+def test_sessions_of_a_step_that_fails_half_way_are_closed(tracker, graphs, part):
+    tracks = slow_tracks(graphs, text(1))
+    check_response(tracker.step([start(1, 0, text(1))])[0], tracks, features(0))
+    tracker.step([start(session, 0, text(1)) for session in (2, 3)])
+    run, calls = graphs[part].run, count(1)
+
+    def fail_at_second(inputs):
+        if next(calls) == 2:
+            raise RuntimeError("out of memory")
+        return run(inputs)
+
+    graphs[part].run = fail_at_second
+    results = tracker.step([request(2, [1, 2, 3]), request(3, 1, end=True), request(1, 1, frame_idx=9)])
+    assert [type(result) for result in results] == [ComponentFailed, ComponentFailed, InvalidInput]
+    with pytest.raises(UnknownSession, match="session 2 is not open: it was closed when its frames failed half way"):
+        raise tracker.step([request(2, 2)])[0]
+    assert tracker.metrics.counts[metrics.CLOSED, "failed"] == 2
+    assert tracker.metrics.gauges[metrics.OBJECTS] == 1
+    check_response(tracker.step([request(1, 1, frame_idx=1)])[0], tracks, features(1))  # its request was refused
+    check_banks(tracker, 1, tracks)
+
+
 # Edits ------------------------------------------------------------------------------------------------------------------
 
 
@@ -561,7 +665,7 @@ def test_masks_come_in_the_format_and_size_that_each_request_asks_for(tracker):
 
 def test_results_satisfy_the_contract(tracker):
     closed = SequenceRequest(1, CLOSING["tracker"], end=True, parameters={"mask_format": "bits"})
-    for one in (start(1, 0, OBJECTS["everything"]), request(1, 1, mask_format="bits"), request(1, 2, mask_format="logits"), closed):
+    for one in (start(1, 0, OBJECTS["everything"]), request(1, 1, mask_format="bits"), request(1, [2, 3], mask_format="logits"), closed):
         (result,) = tracker.step([one])
         assert set(result) == {spec.name for spec in CONTRACTS["tracker"].outputs}
         for spec in CONTRACTS["tracker"].outputs:
