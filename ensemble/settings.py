@@ -105,7 +105,7 @@ TOKEN_DELAY_US = 500
 Frames do not wait: those that come while a step runs share the next.
 """
 MAX_FRAME_BATCH = 8
-"""Frames of different sessions in one step."""
+"""Frames of different sessions that are tracked together, and requests in one step."""
 TRACKED_TOGETHER = 4
 """Frames of one session in a request to the tracker. A request pays for a hop between processes and for a wait of several ms, however many
 frames it holds; with more, the masks of the first come later, and so do those of the sessions that share the step.

@@ -342,7 +342,8 @@ class Tracker:
         starts = chunk[0].bank is None
         with self._stage("start" if starts else "track"):
             outputs = self._start(chunk, object_frame, features) if starts else self._continue(chunk, object_frame, features)
-        seen = cache(self._device.fetch({name: outputs[name] for name in ("mask_logits", "predicted_iou", "object_scores")}))
+        arrived = self._device.fetch({name: outputs[name] for name in ("mask_logits", "predicted_iou", "object_scores")})
+        seen = cache(arrived)  # its objects share one wait
         kept = (self._device.put(outputs[name]) for name in ("memory_maps", "object_pointers"))
         return [Decoded(partial(row, seen, index), *own) for index, own in enumerate(zip(*kept, strict=True))]
 

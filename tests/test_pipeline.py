@@ -1,8 +1,6 @@
-"""How the pipeline brings frames to the tracker: one by one as they are encoded, several at once where they are there already."""
+"""How a clip's frames reach the tracker: together where they are encoded already, and never waited for to fill a request."""
 
-import json
 import time
-from threading import Event
 
 import numpy as np
 import pytest
@@ -21,36 +19,50 @@ class Watched:
 
     Args:
         runner: does the work.
-        before_encode, before_track: called with the number of such calls so far.
+        clip: its frames.
+        before_encode: called with this runner and the index of a frame before it is encoded.
+        before_track: called with this runner before a request to the tracker.
+        before_token: called with this runner before a request to the language model.
+        on_gpu: whether it says that there is a GPU.
     """
 
-    def __init__(self, runner, before_encode=lambda calls: None, before_track=lambda calls: None):
-        self._runner, self._before_encode, self._before_track = runner, before_encode, before_track
-        self.join = runner.join
-        self.started = self.encoded = 0
-        self.tracked = []
+    def __init__(self, runner, clip, before_encode, before_track, before_token, on_gpu):
+        self._runner, self._clip, self.join, self.on_gpu = runner, clip, runner.join, on_gpu
+        self._before_encode, self._before_track, self._before_token = before_encode, before_track, before_token
+        self.encoded, self.tracked = 0, []
 
     def run(self, component, inputs, on_device=False):
-        if component != "frame_encoder":
+        if component != "frame_features":
             return self._runner.run(component, inputs, on_device)
-        self.started += 1
-        self._before_encode(self.started - 1)
+        self._before_encode(self, next(index for index, own in enumerate(self._clip) if (own == inputs["frame"]).all()))
         outputs = self._runner.run(component, inputs, on_device)
         self.encoded += 1
         return outputs
 
     def session(self, component, parameters):
         session = self._runner.session(component, parameters)
-        if component != "tracker":
-            return session
 
         def send(request):
             if "frame_embeddings" in request.inputs:
-                self._before_track(len(self.tracked))
+                self._before_track(self)
                 self.tracked.append(len(request.inputs["frame_embeddings"]))
+            elif component == "language_model":
+                self._before_token(self)
             return session._send(request)
 
         return Session(component, session._id, parameters, send)
+
+
+def nothing(*watched):
+    pass
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)  # what has returned is told to those who wait for it
 
 
 @pytest.fixture(scope="module")
@@ -58,30 +70,60 @@ def pipeline(tiny):
     return torch_pipeline(tiny)
 
 
-@pytest.fixture
-def answered(pipeline, monkeypatch):
-    """Answers a question over a runner."""
-
-    def answer(runner, **options):
-        monkeypatch.setattr(pipeline, "runner", runner)
-        frames = np.stack([draw_frame(index / NUM_FRAMES, 60, 80) for index in range(NUM_FRAMES)])
-        responses = list(pipeline.answer({"frames": frames, "prompt": np.array([PROMPT.encode()], object)}, options))
-        assert json.loads(responses[-1]["summary"][0])["num_objects"]
-        return [response for response in responses if "frame_idx" in response]
-
-    runner = pipeline.runner
-    yield lambda options, **hooks: (answer(watched := Watched(runner, **hooks), **options), watched)
-
-
-def test_frames_that_are_there_go_to_the_tracker_together_and_come_back_one_by_one(answered, monkeypatch):
-    deadline = time.monotonic() + 60
-
-    def wait_for_all(calls):
-        while not calls and watched_now().encoded < NUM_FRAMES and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)  # until their futures know
-
+def answer(pipeline, monkeypatch, before_encode=nothing, before_track=nothing, before_token=nothing, on_gpu=False, **options):
+    """The masks of a clip, and the frames of each request to the tracker."""
+    frames = np.stack([draw_frame(index / NUM_FRAMES, 60, 80) for index in range(NUM_FRAMES)])
     with monkeypatch.context() as patch:
-        patch.setattr(settings, "TRACKED_TOGETHER", 1)
-        expected, watched = answered({"branch": "both"})
-    assert watched.tracked == [1] * NUM_FRAMES
+        watched = Watched(pipeline.runner, frames, before_encode, before_track, before_token, on_gpu)
+        patch.setattr(pipeline, "runner", watched)
+        responses = list(pipeline.answer({"frames": frames, "prompt": np.array([PROMPT.encode()], object)}, options))
+    return [response for response in responses if "frame_idx" in response], watched.tracked
+
+
+def all_encoded(watched):
+    if not watched.tracked:
+        wait_until(lambda: watched.encoded == NUM_FRAMES)
+
+
+@pytest.mark.parametrize("options", [{}, {"branch": "both"}, {"mask_format": "bits"}, {"mask_format": "logits"}], ids=str)
+def test_frames_that_are_encoded_are_tracked_together_and_answered_one_by_one(pipeline, monkeypatch, options):
+    responses, tracked = answer(pipeline, monkeypatch, before_track=all_encoded, **options)
+    assert tracked == [1, 4, 3]  # the first masks wait for nothing
+    branches = ("framewise", "tracked") if options.get("branch") else ("tracked",)
+    order = [(response["frame_idx"].tolist(), response["branch"][0].decode()) for response in responses]
+    assert order == [([index], branch) for index in range(NUM_FRAMES) for branch in branches]
+    monkeypatch.setattr(settings, "TRACKED_TOGETHER", 1)
+    expected, tracked = answer(pipeline, monkeypatch, **options)
+    assert tracked == [1] * NUM_FRAMES
+    for response, other in zip(responses, expected, strict=True):
+        assert set(response) == set(other)
+        for name, array in other.items():
+            np.testing.assert_array_equal(response[name], array)
+
+
+def test_frame_that_is_not_encoded_is_not_waited_for(pipeline, monkeypatch):
+    def hold_the_fourth(watched, index):
+        if index >= 3:
+            wait_until(lambda: len(watched.tracked) >= 2)
+
+    def the_first_three(watched):
+        if not watched.tracked:
+            wait_until(lambda: watched.encoded == 3)
+
+    responses, tracked = answer(pipeline, monkeypatch, hold_the_fourth, the_first_three)
+    assert tracked[:2] == [1, 2]
+    assert len(responses) == sum(tracked) == NUM_FRAMES
+
+
+def test_gpu_encodes_the_clip_while_the_language_model_runs(pipeline, monkeypatch):
+    responses, tracked = answer(
+        pipeline, monkeypatch, before_token=lambda watched: wait_until(lambda: watched.encoded == NUM_FRAMES), on_gpu=True
+    )
+    assert tracked == [1, 4, 3]
+    assert len(responses) == NUM_FRAMES
+
+
+def test_cpu_encodes_frame_0_alone_before_it_knows_that_masks_are_wanted(pipeline, monkeypatch):
+    encoded = []
+    answer(pipeline, monkeypatch, before_token=lambda watched: encoded.append(watched.encoded))
+    assert max(encoded) <= 1

@@ -104,6 +104,15 @@ def test_eviction_spares_the_session_that_needs_the_room(store, clock):
     assert store.states() == ["b"]
 
 
+def test_session_that_was_left_half_way_is_closed_and_its_next_request_is_told_so(store):
+    store.open(1, "a")
+    for _ in range(2):  # the second finds it closed
+        store.fail(1)
+    with pytest.raises(UnknownSession, match="session 1 is not open: it was closed when its frames failed half way"):
+        store.get(1)
+    assert store.closed == ["failed"]
+
+
 def test_session_that_starts_again_after_it_expired_is_like_any_other(store, clock):
     store.open(1, "a")
     clock.now += 61
