@@ -7,6 +7,7 @@ import torch.nn.functional as F
 kernels = pytest.importorskip("export.models.kernels", reason="Triton is there on Linux alone", exc_type=ImportError)
 
 from export.models.hiera import join_windows, split_windows  # noqa: E402
+from export.models.language_model import Step, over_cache, write_  # noqa: E402
 from export.models.layers import split_heads  # noqa: E402
 
 ROUNDING = 2e-5
@@ -50,15 +51,37 @@ def test_row_product_rounds_as_the_layers_between_would():
     torch.testing.assert_close(got, F.silu(gate) * up, atol=0, rtol=2**-9)  # a sum that crosses a rounding boundary, times two
 
 
+@pytest.mark.parametrize("width", [300, 1024])
+def test_row_product_norms_what_it_takes_and_adds_to_what_is_there(width):
+    torch.manual_seed(0)
+    x, gamma, residual = torch.randn(1, 1, width), torch.rand(width), torch.randn(1, 1, 48)
+    weight = torch.randn(48, width).half()
+    expected = residual + F.linear(F.rms_norm(x, (width,), gamma, 1e-5).half(), weight)
+    got = kernels.row_product(x, weight, gamma=gamma, eps=1e-5, residual=residual)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, atol=0.02, rtol=0)  # sums of 10 or 20 in float16
+    exact = F.linear(F.rms_norm(x, (width,), gamma, 1e-5), weight.float()) / width**0.5
+    got = kernels.row_product(x, weight.float() / width**0.5, gamma=gamma, eps=1e-5)
+    torch.testing.assert_close(got, exact, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
 @pytest.mark.parametrize("slots", [40, 700])
-def test_ring_attention_equals_attention_over_the_slots_in_sight(slots):
+def test_ring_attention_writes_the_token_and_attends_to_the_slots_in_sight(count, slots):
     """Of the first answers of a larger cache; some blocks of slots hold nothing that may be seen."""
     torch.manual_seed(0)
-    count, heads, head = 3, 2, 24
-    keys, values = (torch.randn(2, 4, heads, slots, head)[1, :count] for _ in range(2))
-    q, visible = torch.randn(count, heads, 1, head), torch.rand(count, 1, 1, slots) > 0.3
+    heads, head = 2, 24
+    keys, values = (torch.randn(2, 9, heads, slots, head)[1, :count] for _ in range(2))
+    angles = torch.rand(count, 1, 1, head // 2) * 6
+    qkv, places = torch.randn(count, 1, 3, heads, head), torch.randint(16, 32, (count, 1))
+    visible = torch.rand(count, 1, 1, slots) > 0.3
     visible[0, ..., 1:] = False
     visible[..., 64:600] = False
     visible[..., 0] = True
-    expected = F.scaled_dot_product_attention(q, keys, values, visible)
-    torch.testing.assert_close(kernels.ring_attention(q, keys, values, visible), expected, atol=ROUNDING, rtol=0)
+    visible.scatter_(3, places[:, None, None], True)
+    step = Step(angles.cos(), angles.sin(), over_cache(visible, places, write_))
+    own = [cache.clone() for cache in (keys, values)]
+    expected, *caches = step.attend(qkv, step, (keys, values))
+    got = kernels.ring_attention_(qkv, step.cos, step.sin, places, *own, visible)
+    for one, other in zip((got, *own), (expected, *caches), strict=True):
+        torch.testing.assert_close(one, other, atol=ROUNDING, rtol=0)
