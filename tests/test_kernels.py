@@ -42,27 +42,39 @@ def test_row_product_equals_a_linear_layer(width):
     torch.testing.assert_close(kernels.row_product(x, weight, gated=True), F.silu(gate) * up, atol=ROUNDING, rtol=0)
 
 
-def test_row_product_rounds_as_the_layers_between_would():
+def test_products_round_as_the_layers_between_would():
     torch.manual_seed(0)
     x, weight = torch.randn(1, 1, 64), torch.randn(256, 64).half()  # the interpreter cuts bfloat16 off instead of rounding
     gate, up = F.linear(x.half(), weight).chunk(2, -1)
-    got = kernels.row_product(x, weight, gated=True)
-    assert got.dtype == torch.float16
-    torch.testing.assert_close(got, F.silu(gate) * up, atol=0, rtol=2**-9)  # a sum that crosses a rounding boundary, times two
+    for got in (kernels.row_product(x, weight, gated=True), kernels.tokens_product(x.half(), weight, gated=True)):
+        assert got.dtype == torch.float16
+        torch.testing.assert_close(got, F.silu(gate) * up, atol=0, rtol=2**-9)  # a sum that crosses a rounding boundary, times two
+    residual = torch.randn(1, 1, 256)
+    for got in (kernels.row_product(x, weight, residual=residual), kernels.tokens_product(x.half(), weight, residual=residual)):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, residual + F.linear(x.half(), weight), atol=2**-6, rtol=0)  # an ulp of half at 16
 
 
-@pytest.mark.parametrize("width", [300, 1024])
-def test_row_product_norms_what_it_takes_and_adds_to_what_is_there(width):
+def test_row_product_norms_what_it_takes_and_adds_to_what_is_there():
     torch.manual_seed(0)
-    x, gamma, residual = torch.randn(1, 1, width), torch.rand(width), torch.randn(1, 1, 48)
-    weight = torch.randn(48, width).half()
-    expected = residual + F.linear(F.rms_norm(x, (width,), gamma, 1e-5).half(), weight)
+    x, gamma, residual = torch.randn(1, 1, 300), torch.rand(300), torch.randn(1, 1, 48)
+    weight = torch.randn(48, 300) / 300**0.5
+    expected = residual + F.linear(F.rms_norm(x, (300,), gamma, 1e-5), weight)
     got = kernels.row_product(x, weight, gamma=gamma, eps=1e-5, residual=residual)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected, atol=0.02, rtol=0)  # sums of 10 or 20 in float16
-    exact = F.linear(F.rms_norm(x, (width,), gamma, 1e-5), weight.float()) / width**0.5
-    got = kernels.row_product(x, weight.float() / width**0.5, gamma=gamma, eps=1e-5)
-    torch.testing.assert_close(got, exact, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(got, expected, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("count", [2, 8, 21])
+@pytest.mark.parametrize(("rows", "width"), [(48, 96), (8192, 64)], ids=["few_rows", "many_rows"])
+def test_tokens_product_equals_a_linear_layer(count, rows, width):
+    torch.manual_seed(0)
+    x, weight = torch.randn(count, 1, width), torch.randn(rows, width) / width**0.5
+    residual = torch.randn(count, 1, rows)
+    torch.testing.assert_close(kernels.tokens_product(x, weight), F.linear(x, weight), atol=ROUNDING, rtol=0)
+    got = kernels.tokens_product(x, weight, residual=residual)
+    torch.testing.assert_close(got, residual + F.linear(x, weight), atol=ROUNDING, rtol=0)
+    gate, up = F.linear(x, weight).chunk(2, -1)
+    torch.testing.assert_close(kernels.tokens_product(x, weight, gated=True), F.silu(gate) * up, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])

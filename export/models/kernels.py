@@ -16,6 +16,8 @@ WINDOW_TOKENS = 64
 """Tokens of a program of `window_attention`: one window, or several small ones."""
 PRODUCT_WEIGHTS = 16384
 """Weights that a program of `row_product` has in flight: some whole rows."""
+TOKENS = 16
+"""Tokens of a program of `tokens_product`: the least that tensor cores take."""
 PARTS = 32
 """Programs of `ring_attention_` for each head, shared by the answers: one answer has too few heads for all processors."""
 SLOT_BLOCK = 16
@@ -163,6 +165,78 @@ def row_product(
         GATED=gated,
         NORMED=gamma is not None,
         ADDED=residual is not None,
+    )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dot_tokens(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    residual,
+    out,
+    count,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GATED: tl.constexpr,
+    ADDED: tl.constexpr,
+):
+    """ROWS values of the result of every token, with several blocks of weights on their way."""
+    dtype: tl.constexpr = weight.dtype.element_ty
+    row, rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.num_programs(0) * ROWS
+    token, column = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK)
+    there = (token < count)[:, None]
+    tokens = x + token[:, None] * WIDTH + column[None, :]
+    weights = weight + row[:, None] * WIDTH + column[None, :]
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
+    total_up = tl.zeros([TOKENS, ROWS], tl.float32)
+    for start in tl.range(0, WIDTH, BLOCK, num_stages=4):
+        values = tl.load(tokens + start, mask=there, other=0.0)
+        total = tl.dot(values, tl.trans(tl.load(weights + start)), total)
+        if GATED:
+            total_up = tl.dot(values, tl.trans(tl.load(weights + rows * WIDTH + start)), total_up)
+    result = total.to(dtype)
+    if GATED:
+        gate, up = result.to(tl.float32), total_up.to(dtype).to(tl.float32)
+        result = ((gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up).to(dtype)
+    place = token[:, None] * rows + row[None, :]
+    if ADDED:
+        result = tl.load(residual + place, mask=there, other=0.0) + result.to(tl.float32)
+    tl.store(out + place, result, mask=there)
+
+
+@torch.library.triton_op("sparrow::tokens_product", mutates_args={})
+def tokens_product(x: Tensor, weight: Tensor, gated: bool = False, residual: Tensor | None = None) -> Tensor:
+    """A linear layer of one token each of a few answers; of more than some dozen tokens, cuBLAS is faster.
+
+    Two warps: of a product with a side of 16, Triton 3.6 has made code for four that writes beside its memory (docs/performance.md).
+
+    Args:
+        x: [N, 1, C] in the weights' precision.
+        weight: [D, C] float16 or bfloat16, D and C multiples of 16.
+        gated, residual: as of `row_product`; [N, 1, D] float32.
+    Returns:
+        as `row_product`, of every token
+    """
+    count, rows, width = x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0], weight.shape[1]
+    together, block = (32, 128) if rows > 4096 else (16, 512)  # few rows leave processors idle unless they are shared out finely
+    together = math.gcd(rows, together)
+    out = torch.empty(count, 1, rows, dtype=weight.dtype if residual is None else residual.dtype, device=weight.device)
+    torch.library.wrap_triton(_dot_tokens)[(rows // together, (count + TOKENS - 1) // TOKENS)](
+        x.contiguous(),
+        weight,
+        x if residual is None else residual.contiguous(),
+        out,
+        count,
+        WIDTH=width,
+        BLOCK=math.gcd(width, block),
+        ROWS=together,
+        TOKENS=TOKENS,
+        GATED=gated,
+        ADDED=residual is not None,
+        num_warps=2,
     )
     return out
 

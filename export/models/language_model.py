@@ -350,7 +350,8 @@ class Mlp(nn.Module):
 
 
 def product(linear: nn.Linear, x: Tensor, gated: bool = False, norm: nn.RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
-    """A linear layer without bias and what is around it; of a single token, in half precision on a GPU, all by one kernel.
+    """A linear layer without bias and what is around it; of a step's tokens, in half precision on a GPU, all by one kernel, with the norm
+    if it is one token.
 
     Args:
         linear: the layer.
@@ -359,11 +360,14 @@ def product(linear: nn.Linear, x: Tensor, gated: bool = False, norm: nn.RMSNorm 
         norm: what x goes through first.
         residual: what the result is added to.
     """
-    if is_one_token(x) and by_kernels(linear.weight):
+    if is_known(x.shape[1], 1) and by_kernels(linear.weight):
         from . import kernels
 
-        gamma, eps = (norm.weight, norm.eps) if norm else (None, 0.0)
-        return kernels.row_product(x, linear.weight, gated, gamma, eps, residual)  # type: ignore[no-any-return]
+        if is_known(x.shape[0], 1):
+            gamma, eps = (norm.weight, norm.eps) if norm else (None, 0.0)
+            return kernels.row_product(x, linear.weight, gated, gamma, eps, residual)  # type: ignore[no-any-return]
+        x = (norm(x) if norm else x).to(linear.weight.dtype)
+        return kernels.tokens_product(x, linear.weight, gated, residual)  # type: ignore[no-any-return]
     y: Tensor = linear(norm(x) if norm else x)
     if gated:
         gate, up = y.chunk(2, dim=-1)
@@ -371,9 +375,9 @@ def product(linear: nn.Linear, x: Tensor, gated: bool = False, norm: nn.RMSNorm 
     return y if residual is None else residual + y
 
 
-def is_one_token(x: Tensor) -> bool:
-    """Whether [N, S, C] is known to be one token of one answer; sizes that vary, in a traced graph, are not."""
-    return all(isinstance(size, int) and size == 1 for size in x.shape[:2])
+def is_known(size: int | torch.SymInt, value: int) -> bool:
+    """Whether a size is the value in every call; those that vary, in a traced graph, are not."""
+    return isinstance(size, int) and size == value
 
 
 def rotary_table(config: LanguageConfig) -> tuple[Tensor, Tensor]:
