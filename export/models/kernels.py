@@ -155,8 +155,8 @@ def row_product(
     torch.library.wrap_triton(_dot_rows)[(rows // together,)](
         x.contiguous(),
         weight,
-        x if gamma is None else gamma,
-        x if residual is None else residual.contiguous(),
+        weight if gamma is None else gamma,
+        weight if residual is None else residual.contiguous(),
         out,
         EPS=eps,
         WIDTH=width,
@@ -227,7 +227,7 @@ def tokens_product(x: Tensor, weight: Tensor, gated: bool = False, residual: Ten
     torch.library.wrap_triton(_dot_tokens)[(rows // together, (count + TOKENS - 1) // TOKENS)](
         x.contiguous(),
         weight,
-        x if residual is None else residual.contiguous(),
+        weight if residual is None else residual.contiguous(),
         out,
         count,
         WIDTH=width,

@@ -152,19 +152,19 @@ class LanguageDecoder(Graph):
     def _finish(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(logits, final_states) after the last token."""
         final_states = self.norm(x[:, -1])  # [N, S, C] -> [N, C]
-        return logits(self.lm_head, final_states), final_states
+        return logits_of(self.lm_head, final_states), final_states
 
     def visible(self, positions: Tensor, slots: int) -> Tensor:
         """`visible_slots` with the model's window."""
         return visible_slots(positions, slots, self.config.language.sliding_window)
 
 
-def logits(lm_head: nn.Linear, states: Tensor) -> Tensor:
+def logits_of(lm_head: nn.Linear, states: Tensor) -> Tensor:
     """[N, C] states to [N, vocabulary]. Several are columns of the product, up to a multiple of eight: the vocabulary is odd, and rows of
     odd length leave a GPU's tensor cores nothing but an old kernel, of a fourth of the speed.
     """
     count = states.shape[0]
-    if count == 1 or not on_tensor_cores(lm_head.weight):
+    if not on_tensor_cores(lm_head.weight) or count == 1:
         return lm_head(states)  # type: ignore[no-any-return]
     columns = F.pad(states.to(lm_head.weight.dtype), (0, 0, 0, -count % 8)).T
     return (lm_head.weight @ columns)[:, :count].T
