@@ -7,6 +7,7 @@ import torch.nn.functional as F
 kernels = pytest.importorskip("export.models.kernels", reason="Triton is there on Linux alone", exc_type=ImportError)
 
 from export.models.hiera import join_windows, split_windows  # noqa: E402
+from export.models.language_model import Step, over_cache, write_  # noqa: E402
 from export.models.layers import split_heads  # noqa: E402
 
 ROUNDING = 2e-5
@@ -41,24 +42,58 @@ def test_row_product_equals_a_linear_layer(width):
     torch.testing.assert_close(kernels.row_product(x, weight, gated=True), F.silu(gate) * up, atol=ROUNDING, rtol=0)
 
 
-def test_row_product_rounds_as_the_layers_between_would():
+def test_products_round_as_the_layers_between_would():
     torch.manual_seed(0)
     x, weight = torch.randn(1, 1, 64), torch.randn(256, 64).half()  # the interpreter cuts bfloat16 off instead of rounding
     gate, up = F.linear(x.half(), weight).chunk(2, -1)
-    got = kernels.row_product(x, weight, gated=True)
-    assert got.dtype == torch.float16
-    torch.testing.assert_close(got, F.silu(gate) * up, atol=0, rtol=2**-9)  # a sum that crosses a rounding boundary, times two
+    for got in (kernels.row_product(x, weight, gated=True), kernels.tokens_product(x.half(), weight, gated=True)):
+        assert got.dtype == torch.float16
+        torch.testing.assert_close(got, F.silu(gate) * up, atol=0, rtol=2**-9)  # a sum that crosses a rounding boundary, times two
+    residual = torch.randn(1, 1, 256)
+    for got in (kernels.row_product(x, weight, residual=residual), kernels.tokens_product(x.half(), weight, residual=residual)):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, residual + F.linear(x.half(), weight), atol=2**-6, rtol=0)  # an ulp of half at 16
 
 
+def test_row_product_norms_what_it_takes_and_adds_to_what_is_there():
+    torch.manual_seed(0)
+    x, gamma, residual = torch.randn(1, 1, 300), torch.rand(300), torch.randn(1, 1, 48)
+    weight = torch.randn(48, 300) / 300**0.5
+    expected = residual + F.linear(F.rms_norm(x, (300,), gamma, 1e-5), weight)
+    got = kernels.row_product(x, weight, gamma=gamma, eps=1e-5, residual=residual)
+    torch.testing.assert_close(got, expected, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("count", [2, 8, 21])
+@pytest.mark.parametrize(("rows", "width"), [(48, 96), (8192, 64)], ids=["few_rows", "many_rows"])
+def test_tokens_product_equals_a_linear_layer(count, rows, width):
+    torch.manual_seed(0)
+    x, weight = torch.randn(count, 1, width), torch.randn(rows, width) / width**0.5
+    residual = torch.randn(count, 1, rows)
+    torch.testing.assert_close(kernels.tokens_product(x, weight), F.linear(x, weight), atol=ROUNDING, rtol=0)
+    got = kernels.tokens_product(x, weight, residual=residual)
+    torch.testing.assert_close(got, residual + F.linear(x, weight), atol=ROUNDING, rtol=0)
+    gate, up = F.linear(x, weight).chunk(2, -1)
+    torch.testing.assert_close(kernels.tokens_product(x, weight, gated=True), F.silu(gate) * up, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
 @pytest.mark.parametrize("slots", [40, 700])
-def test_ring_attention_equals_attention_over_the_slots_in_sight(slots):
+def test_ring_attention_writes_the_token_and_attends_to_the_slots_in_sight(count, slots):
     """Of the first answers of a larger cache; some blocks of slots hold nothing that may be seen."""
     torch.manual_seed(0)
-    count, heads, head = 3, 2, 24
-    keys, values = (torch.randn(2, 4, heads, slots, head)[1, :count] for _ in range(2))
-    q, visible = torch.randn(count, heads, 1, head), torch.rand(count, 1, 1, slots) > 0.3
+    heads, head = 2, 24
+    keys, values = (torch.randn(2, 9, heads, slots, head)[1, :count] for _ in range(2))
+    angles = torch.rand(count, 1, 1, head // 2) * 6
+    qkv, places = torch.randn(count, 1, 3, heads, head), torch.randint(16, 32, (count, 1))
+    visible = torch.rand(count, 1, 1, slots) > 0.3
     visible[0, ..., 1:] = False
     visible[..., 64:600] = False
     visible[..., 0] = True
-    expected = F.scaled_dot_product_attention(q, keys, values, visible)
-    torch.testing.assert_close(kernels.ring_attention(q, keys, values, visible), expected, atol=ROUNDING, rtol=0)
+    visible.scatter_(3, places[:, None, None], True)
+    step = Step(angles.cos(), angles.sin(), over_cache(visible, places, write_))
+    own = [cache.clone() for cache in (keys, values)]
+    expected, *caches = step.attend(qkv, step, (keys, values))
+    got = kernels.ring_attention_(qkv, step.cos, step.sin, places, *own, visible)
+    for one, other in zip((got, *own), (expected, *caches), strict=True):
+        torch.testing.assert_close(one, other, atol=ROUNDING, rtol=0)

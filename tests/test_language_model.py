@@ -12,7 +12,7 @@ from ensemble.frames import HostPreprocessor, encoder_indices
 from ensemble.options import Options
 from ensemble.pipeline import Clip, Pipeline
 from ensemble.runner import LocalRunner
-from export.models.language_model import DecodeLayer, LanguageDecoder, PromptLayer
+from export.models.language_model import DecodeLayer, LanguageDecoder, PromptLayer, logits_of
 from export.runners import TorchGraph
 from tests import goldens
 from tests.test_vision_encoder import visual_tokens
@@ -173,6 +173,13 @@ def test_one_compiled_layer_stands_for_all_of_a_prompt(window):
     got = decoder.prefill_(embeddings, *caches[1], PromptLayer(decoder.layers[0], window))
     for own, wanted in zip((*got, *caches[1]), (*expected, *caches[0]), strict=True):
         torch.testing.assert_close(own, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_logits_as_columns_of_a_product_equal_rows(count, monkeypatch):
+    monkeypatch.setattr("export.models.language_model.on_tensor_cores", lambda x: True)
+    lm_head, states = nn.Linear(32, 97, bias=False), torch.randn(count, 32)
+    torch.testing.assert_close(logits_of(lm_head, states), lm_head(states), atol=TOLERANCE, rtol=0)
 
 
 def test_decoder_ignores_slots_that_no_token_may_see():

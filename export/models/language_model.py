@@ -20,9 +20,9 @@ Write = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(cache of one layer [N, heads, slots, C / heads], slots [N, S], new tokens [N, heads, S, C / heads]) to the cache with the tokens."""
 Caches = tuple[Tensor, Tensor]
 """Keys and values of one layer, [N, heads, slots, C / heads] each."""
-Attend = Callable[[Tensor, Tensor, Tensor, Caches | None], tuple[Tensor, Tensor, Tensor]]
-"""(queries, keys and values [N, heads, S, C / heads] of new tokens, caches) to (mixed values, keys, values): those of the caches with the
-new tokens, or of a prompt, which has no caches before it, those of its tokens."""
+Attend = Callable[[Tensor, "Step", Caches | None], tuple[Tensor, Tensor, Tensor]]
+"""(queries, keys and values [N, S, 3, heads, C / heads] of new tokens, their step, caches) to (mixed values [N, heads, S, C / heads], keys,
+values): those of the caches with the new tokens, or of a prompt, which has no caches before it, those of its tokens."""
 
 
 class TokenEmbedder(Graph):
@@ -152,11 +152,22 @@ class LanguageDecoder(Graph):
     def _finish(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(logits, final_states) after the last token."""
         final_states = self.norm(x[:, -1])  # [N, S, C] -> [N, C]
-        return self.lm_head(final_states), final_states
+        return logits_of(self.lm_head, final_states), final_states
 
     def visible(self, positions: Tensor, slots: int) -> Tensor:
         """`visible_slots` with the model's window."""
         return visible_slots(positions, slots, self.config.language.sliding_window)
+
+
+def logits_of(lm_head: nn.Linear, states: Tensor) -> Tensor:
+    """[N, C] states to [N, vocabulary]. Several are columns of the product, up to a multiple of eight: the vocabulary is odd, and rows of
+    odd length leave a GPU's tensor cores nothing but an old kernel, of a fourth of the speed.
+    """
+    count = states.shape[0]
+    if not on_tensor_cores(lm_head.weight) or count == 1:
+        return lm_head(states)  # type: ignore[no-any-return]
+    columns = F.pad(states.to(lm_head.weight.dtype), (0, 0, 0, -count % 8)).T
+    return (lm_head.weight @ columns)[:, :count].T
 
 
 def visible_slots(positions: Tensor, slots: int, window: int | None) -> Tensor:
@@ -189,14 +200,23 @@ def slots_of(positions: Tensor, slots: int) -> Tensor:
 def over_cache(visible: Tensor, slots: Tensor, write: Write) -> Attend:
     """Attention over the caches, to which the new tokens are written first."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(qkv: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
         assert caches is not None
+        q, k, v = rotated(qkv, step)
         keys, values = (write(own, slots, new.to(own.dtype)) for own, new in zip(caches, (k, v), strict=True))
-        if q.shape[2] == 1 and by_kernels(keys):
-            from . import kernels
-
-            return kernels.ring_attention(q, keys, values, visible), keys, values
         return F.scaled_dot_product_attention(q, keys, values, visible), keys, values
+
+    return attend
+
+
+def by_ring_kernel(visible: Tensor, slots: Tensor) -> Attend:
+    """`over_cache` for one new token of each answer, which is written in place, by a kernel of our own."""
+
+    def attend(qkv: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
+        from . import kernels
+
+        assert caches is not None
+        return kernels.ring_attention_(qkv, step.cos, step.sin, slots, *caches, visible), *caches
 
     return attend
 
@@ -216,7 +236,8 @@ def over_prompt(positions: Tensor, window: int | None) -> Attend:
     """Attention of a prompt's tokens, at positions [1, S] from 0 on, over each other; a GPU in half precision needs no mask for that."""
     mask = cache(lambda: visible_slots(positions, positions.shape[1], window))  # one for all layers
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(qkv: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rotated(qkv, step)
         if not on_tensor_cores(q):
             return F.scaled_dot_product_attention(q, k, v, mask()), k, v
         # Flash attention reads no keys beyond the window, where a mask would be read for every pair of tokens.
@@ -249,9 +270,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
         """[N, S, C] through the layer, and what `Attend` has of keys and values."""
-        mixed, keys, values = self.self_attn(self.input_layernorm(x), step, caches)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+        x, keys, values = self.self_attn(x, self.input_layernorm, step, caches)
+        return self.mlp(x, self.post_attention_layernorm), keys, values
 
 
 class LayerOfWeights(nn.Module):
@@ -281,7 +301,8 @@ class DecodeLayer(LayerOfWeights):
         self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, visible: Tensor, keys: Tensor, values: Tensor, *weights: Tensor
     ) -> Tensor:
         """[N, 1, C] through the layer; the other arguments as in `Step`, `over_cache` and `Layer`."""
-        x, _, _ = self.through(weights, x, Step(cos, sin, over_cache(visible, slots, write_)), (keys, values))
+        attend = by_ring_kernel(visible, slots) if by_kernels(keys) else over_cache(visible, slots, write_)
+        x, _, _ = self.through(weights, x, Step(cos, sin, attend), (keys, values))
         return x
 
 
@@ -304,7 +325,7 @@ class PromptLayer(LayerOfWeights):
 
 
 class Attention(nn.Module):
-    """Rotary multi-head attention of new tokens and those before them."""
+    """Adds rotary multi-head attention of new tokens and those before them."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -312,47 +333,53 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = product(self.qkv_proj, x).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, S, 3, heads, C / heads] -> 3 x [N, heads, S, C / heads]
-        mixed, keys, values = step.attend(rotate(q, step).to(v.dtype), rotate(k, step).to(v.dtype), v, caches)
-        return product(self.o_proj, mixed.transpose(1, 2).flatten(2)), keys, values  # [N, heads, S, C / heads] -> [N, S, C]
+    def forward(self, x: Tensor, norm: nn.RMSNorm, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = product(self.qkv_proj, x, norm=norm).unflatten(-1, (3, self.heads, -1))  # [N, S, 3 C] -> [N, S, 3, heads, C / heads]
+        mixed, keys, values = step.attend(qkv, step, caches)
+        return product(self.o_proj, mixed.transpose(1, 2).flatten(2), residual=x), keys, values  # [N, heads, S, C / heads] -> [N, S, C]
 
 
 class Mlp(nn.Module):
-    """SiLU-gated MLP; the first half of the fused projection is the gate."""
+    """Adds a SiLU-gated MLP; the first half of the fused projection is the gate."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(width, 2 * hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return product(self.down_proj, product(self.gate_up_proj, x, gated=True))
+    def forward(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
+        return product(self.down_proj, product(self.gate_up_proj, x, gated=True, norm=norm), residual=x)
 
 
-def product(linear: nn.Linear, x: Tensor, gated: bool = False) -> Tensor:
-    """A linear layer without bias; of a single token, in half precision on a GPU, by a kernel for that.
+def product(linear: nn.Linear, x: Tensor, gated: bool = False, norm: nn.RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+    """A linear layer without bias and what is around it; of a step's tokens, in half precision on a GPU, all by one kernel, with the norm
+    if it is one token.
 
     Args:
         linear: the layer.
         x: [N, S, C]
         gated: the first half of what the layer gives is a gate for the other: silu(gate) * up.
+        norm: what x goes through first.
+        residual: what the result is added to.
     """
-    if is_one_token(x) and by_kernels(linear.weight):
+    if is_known(x.shape[1], 1) and by_kernels(linear.weight):
         from . import kernels
 
-        return kernels.row_product(x, linear.weight, gated)  # type: ignore[no-any-return]
-    y: Tensor = linear(x)
-    if not gated:
-        return y
-    gate, up = y.chunk(2, dim=-1)
-    return F.silu(gate) * up
+        if is_known(x.shape[0], 1):
+            gamma, eps = (norm.weight, norm.eps) if norm else (None, 0.0)
+            return kernels.row_product(x, linear.weight, gated, gamma, eps, residual)  # type: ignore[no-any-return]
+        x = (norm(x) if norm else x).to(linear.weight.dtype)
+        return kernels.tokens_product(x, linear.weight, gated, residual)  # type: ignore[no-any-return]
+    y: Tensor = linear(norm(x) if norm else x)
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
 
 
-def is_one_token(x: Tensor) -> bool:
-    """Whether [N, S, C] is known to be one token of one answer; sizes that vary, in a traced graph, are not."""
-    return all(isinstance(size, int) and size == 1 for size in x.shape[:2])
+def is_known(size: int | torch.SymInt, value: int) -> bool:
+    """Whether a size is the value in every call; those that vary, in a traced graph, are not."""
+    return isinstance(size, int) and size == value
 
 
 def rotary_table(config: LanguageConfig) -> tuple[Tensor, Tensor]:
@@ -364,6 +391,12 @@ def rotary_table(config: LanguageConfig) -> tuple[Tensor, Tensor]:
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, size, 2).float() / size)
     angles = torch.outer(torch.arange(SLOTS.max).float(), frequencies)
     return angles.cos(), angles.sin()
+
+
+def rotated(qkv: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, S, 3, heads, C / heads] to queries, keys and values [N, heads, S, C / heads]."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return rotate(q, step).to(v.dtype), rotate(k, step).to(v.dtype), v
 
 
 def rotate(x: Tensor, step: Step) -> Tensor:
