@@ -377,11 +377,12 @@ class EncodedFrames:
     def __init__(self, pipeline: Pipeline, clip: Clip, pool: ThreadPoolExecutor, timings: Timings) -> None:
         self._pipeline, self._clip, self._pool, self._timings = pipeline, clip, pool, timings
         self._futures: dict[int, Future[Arrays]] = {}
-        self._submit(range(settings.FRAMES_AHEAD if pipeline.runner.on_gpu else 1))
+        self._ahead = settings.FRAMES_AHEAD if pipeline.runner.on_gpu else settings.ENCODER_BATCH
+        self._submit(range(self._ahead if pipeline.runner.on_gpu else 1))
 
     def __getitem__(self, index: int) -> Arrays:
         """Features of one frame, [1, ...]."""
-        self._submit(range(index, index + 1 + settings.FRAMES_AHEAD))
+        self._submit(range(index, index + 1 + self._ahead))
         return self._futures[index].result()
 
     def groups(self) -> Iterator[list[Arrays]]:

@@ -70,7 +70,7 @@ def pipeline(tiny):
     return torch_pipeline(tiny)
 
 
-def answer(pipeline, monkeypatch, before_encode=nothing, before_track=nothing, before_token=nothing, on_gpu=False, **options):
+def answer(pipeline, monkeypatch, before_encode=nothing, before_track=nothing, before_token=nothing, on_gpu=True, **options):
     """The masks of a clip, and the frames of each request to the tracker."""
     frames = np.stack([draw_frame(index / NUM_FRAMES, 60, 80) for index in range(NUM_FRAMES)])
     with monkeypatch.context() as patch:
@@ -116,14 +116,12 @@ def test_frame_that_is_not_encoded_is_not_waited_for(pipeline, monkeypatch):
 
 
 def test_gpu_encodes_the_clip_while_the_language_model_runs(pipeline, monkeypatch):
-    responses, tracked = answer(
-        pipeline, monkeypatch, before_token=lambda watched: wait_until(lambda: watched.encoded == NUM_FRAMES), on_gpu=True
-    )
+    responses, tracked = answer(pipeline, monkeypatch, before_token=lambda watched: wait_until(lambda: watched.encoded == NUM_FRAMES))
     assert tracked == [1, 4, 3]
     assert len(responses) == NUM_FRAMES
 
 
 def test_cpu_encodes_frame_0_alone_before_it_knows_that_masks_are_wanted(pipeline, monkeypatch):
     encoded = []
-    answer(pipeline, monkeypatch, before_token=lambda watched: encoded.append(watched.encoded))
+    answer(pipeline, monkeypatch, before_token=lambda watched: encoded.append(watched.encoded), on_gpu=False)
     assert max(encoded) <= 1
