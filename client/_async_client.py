@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +16,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from ._errors import SparrowClientError, error_from_status
 from ._protocol import TrackProtocol
 from ._question import AnswerSoFar, Frames, events_from_response, prompts_to_start, question, stack_frames
-from ._shared_memory import FAREWELL_S, share_async, shared_bytes, unshare_async
+from ._shared_memory import share_async, shared_bytes, unshare_async
 from ._stream import AsyncStream, StreamBroken
 from ._track import FAREWELL_TRIES, Session
 from ._types import Answer, Event, FrameMasks, Prompt
@@ -80,11 +79,6 @@ class AsyncSparrowClient:
                         response = await stream.receive(self.timeout_s)
                     except StreamBroken as broken:
                         raise error_from_status(broken.code, broken.details, SPARROW, message.id) from broken
-                    except asyncio.CancelledError:
-                        if region:  # the server may not have read it; it has when it answers
-                            with suppress(StreamBroken):
-                                await stream.receive(FAREWELL_S)
-                        raise
                     for event in events_from_response(response):
                         yield event
                     finished = is_last(response.infer_response)

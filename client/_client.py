@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +16,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from ._errors import error_from_status
 from ._protocol import TrackProtocol
 from ._question import AnswerSoFar, Frames, events_from_response, prompts_to_start, question, stack_frames
-from ._shared_memory import FAREWELL_S, share, shared_bytes, unshare
+from ._shared_memory import share, shared_bytes, unshare
 from ._stream import Stream, StreamBroken
 from ._track import TrackSession
 from ._types import Answer, Event, Prompt
@@ -107,11 +107,6 @@ class SparrowClient:
                         response = stream.receive(self.timeout_s)
                     except StreamBroken as broken:
                         raise error_from_status(broken.code, broken.details, SPARROW, request.id) from broken
-                    except KeyboardInterrupt:
-                        if region:  # the server may not have read it; it has when it answers
-                            with suppress(StreamBroken):
-                                stream.receive(FAREWELL_S)
-                        raise
                     yield from events_from_response(response)
                     finished = is_last(response.infer_response)
         finally:

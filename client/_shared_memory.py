@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 import secrets
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +22,9 @@ FOLDER = "/dev/shm"
 
 FAREWELL_S = 5
 """Longest wait for what only clears up."""
+
+RETRY_S, IN_USE = 0.02, "currently in use"
+"""How often the server is asked again to let go of memory, and how it says (2.51) that it cannot yet."""
 
 SHARED_CLIP_BYTES = 4 << 20
 """From this size on a clip is not sent in the message: to share memory with a server takes two more calls."""
@@ -106,11 +111,21 @@ def share(stub: Any, num_slots: int, slot_bytes: int, timeout_s: float) -> Frame
 
 
 def unshare(stub: Any, region: FrameRegion | None) -> None:
-    """Takes memory back, if there is any. Nothing of it may be waiting to be read: Triton 24.10 unmaps it all the same."""
+    """Takes memory back, if there is any, as soon as nobody reads it: a request that was taken back ends a little later."""
     if region:
-        with suppress(grpc.RpcError):
-            stub.SystemSharedMemoryUnregister(region.unregistration, timeout=FAREWELL_S)
+        deadline = time.monotonic() + FAREWELL_S
+        while not unregistered(stub, region) and time.monotonic() < deadline:
+            time.sleep(RETRY_S)
         region.close()
+
+
+def unregistered(stub: Any, region: FrameRegion) -> bool:
+    """Whether the server has nothing more to do with it; it refuses to let go of what a request may still read."""
+    try:
+        stub.SystemSharedMemoryUnregister(region.unregistration, timeout=FAREWELL_S)
+    except grpc.RpcError as error:
+        return IN_USE not in (error.details() or "")
+    return True
 
 
 async def share_async(stub: Any, num_slots: int, slot_bytes: int, timeout_s: float) -> FrameRegion | None:
@@ -130,6 +145,16 @@ async def share_async(stub: Any, num_slots: int, slot_bytes: int, timeout_s: flo
 async def unshare_async(stub: Any, region: FrameRegion | None) -> None:
     """`unshare` for asyncio."""
     if region:
-        with suppress(grpc.RpcError):
-            await stub.SystemSharedMemoryUnregister(region.unregistration, timeout=FAREWELL_S)
+        deadline = time.monotonic() + FAREWELL_S
+        while not await unregistered_async(stub, region) and time.monotonic() < deadline:
+            await asyncio.sleep(RETRY_S)
         region.close()
+
+
+async def unregistered_async(stub: Any, region: FrameRegion) -> bool:
+    """`unregistered` for asyncio."""
+    try:
+        await stub.SystemSharedMemoryUnregister(region.unregistration, timeout=FAREWELL_S)
+    except grpc.RpcError as error:
+        return IN_USE not in (error.details() or "")
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import queue
@@ -10,7 +11,9 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ import tritonclient.grpc as triton
 from PIL import Image
 from pycocotools import mask as coco
 from sparrow_client import (
+    AsyncSparrowClient,
     CapacityExceeded,
     FrameMasks,
     InvalidInput,
@@ -29,7 +33,9 @@ from sparrow_client import (
     Summary,
     TextPiece,
     UnknownSession,
+    _shared_memory,
 )
+from sparrow_client._shared_memory import FrameRegion
 
 from ensemble import settings
 from ensemble.errors import SparrowError
@@ -155,6 +161,56 @@ def test_encoded_frames_give_the_answer_of_the_same_raw_frames(client):
     raw, encoded = client.segment(frames, PROMPT), client.segment(None, PROMPT, encoded_frames=files)
     for one, other in zip(raw.frames, encoded.frames, strict=True):
         np.testing.assert_array_equal(one.masks, other.masks)
+
+
+@pytest.fixture
+def regions(server, monkeypatch):
+    """The shared memory that clips of any size go to; nothing of it is left at the end."""
+    monkeypatch.setattr(_shared_memory, "SHARED_CLIP_BYTES", 1)
+    made, write = [], FrameRegion.write
+    monkeypatch.setattr(FrameRegion, "write", lambda region, *arguments: made.append(region.name) or write(region, *arguments))
+    yield made
+    assert not [path for path in Path("/dev/shm").glob("sparrow-*") if path.name in made]
+    with triton.InferenceServerClient(server.url) as connection:
+        assert not set(made) & set(connection.get_system_shared_memory_status().regions)
+
+
+def test_clip_in_shared_memory_gives_the_answer_of_one_in_the_message(client, regions):
+    frames = clip()
+    shared = client.segment(frames, PROMPT)
+    assert len(regions) == 1
+    _shared_memory.SHARED_CLIP_BYTES = frames.nbytes + 1
+    in_message = client.segment(frames, PROMPT)
+    assert len(regions) == 1
+    assert shared.text == in_message.text
+    for one, other in zip(shared.frames, in_message.frames, strict=True):
+        np.testing.assert_array_equal(one.masks, other.masks)
+
+
+def test_clip_in_shared_memory_is_given_back_when_the_question_is_refused_or_dropped(client, regions):
+    with pytest.raises(InvalidInput, match="markup"):
+        client.segment(clip(), "<image> what?")
+    with pytest.raises(InvalidInput, match='"sequence_id"'):
+        client.segment(clip(), PROMPT, sequence_id=1)
+    events = client.stream(clip(20), PROMPT)
+    next(events)
+    events.close()
+    assert len(regions) == 3
+
+
+def test_asyncio_client_shares_memory_and_gives_it_back_when_it_is_cancelled(server, regions):
+    async def ask():
+        async with AsyncSparrowClient(server.url, timeout_s=60) as client:
+            answer = await client.segment(clip(), PROMPT)
+            question = asyncio.create_task(client.segment(clip(20), PROMPT))
+            while len(regions) < 2:
+                await asyncio.sleep(0.001)
+            question.cancel()  # the server may still have to read the clip
+            with suppress(asyncio.CancelledError):
+                await question
+            return answer
+
+    assert len(asyncio.run(ask()).frames) == 3
 
 
 def test_target_boxes_and_crop_are_read(client, pipeline):
