@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
 import secrets
 import time
@@ -23,7 +22,7 @@ FOLDER = "/dev/shm"
 FAREWELL_S = 5
 """Longest wait for what only clears up."""
 
-RETRY_S, IN_USE = 0.02, "currently in use"
+RETRY_S, IN_USE = 0.005, "currently in use"
 """How often the server is asked again to let go of memory, and how it says (2.51) that it cannot yet."""
 
 SHARED_CLIP_BYTES = 4 << 20
@@ -45,32 +44,30 @@ def shared_bytes(url: str, clip: NDArray[np.uint8] | None) -> int:
 class FrameRegion:
     """Room for some frames, or clips, of one size.
 
-    The space is reserved at once: writing to memory that /dev/shm turns out not to have would kill the process.
+    It is written to as a file: that takes a third of the time of mapping it first, page by page.
 
     Args:
         num_slots: of them.
         slot_bytes: bytes of one.
     Raises:
-        OSError: this system has no such memory, or not enough.
+        OSError: this system has no such memory, or not enough: it is reserved at once.
     """
 
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         self.name = f"sparrow-{secrets.token_hex(8)}"
-        self.slot_bytes = slot_bytes
+        self.slot_bytes, self._size = slot_bytes, num_slots * slot_bytes
         self._path = f"{FOLDER}/{self.name}"
-        descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, num_slots * slot_bytes)
-            self._memory = mmap.mmap(descriptor, num_slots * slot_bytes)
+            os.posix_fallocate(self._file, 0, self._size)
         except OSError:
             self.unlink()
+            self.close()
             raise
-        finally:
-            os.close(descriptor)
 
     @property
     def registration(self) -> SystemSharedMemoryRegisterRequest:
-        return SystemSharedMemoryRegisterRequest(name=self.name, key=f"/{self.name}", byte_size=len(self._memory))
+        return SystemSharedMemoryRegisterRequest(name=self.name, key=f"/{self.name}", byte_size=self._size)
 
     @property
     def unregistration(self) -> SystemSharedMemoryUnregisterRequest:
@@ -83,11 +80,14 @@ class FrameRegion:
     def write(self, slot: int, frames: NDArray[np.uint8]) -> Place:
         """Copies frames of `slot_bytes` to a slot and returns where they are."""
         offset = slot * self.slot_bytes
-        np.ndarray(frames.shape, frames.dtype, self._memory, offset)[...] = frames
+        left, place = np.ascontiguousarray(frames).data.cast("B"), offset
+        while left:
+            written = os.pwrite(self._file, left, place)
+            left, place = left[written:], place + written
         return Place(self.name, offset)
 
     def close(self) -> None:
-        self._memory.close()
+        os.close(self._file)
 
 
 def share(stub: Any, num_slots: int, slot_bytes: int, timeout_s: float) -> FrameRegion | None:
