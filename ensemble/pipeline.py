@@ -11,10 +11,11 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -99,6 +100,7 @@ class Objects:
     boxes: list[Array]
 
 
+Item = TypeVar("Item")
 FrameDecoder = Callable[[list[Arrays]], Iterator[Arrays]]
 """Features of frames that follow each other to the masks of the objects on each."""
 
@@ -235,21 +237,24 @@ class Pipeline:
         branches = self._branches(clip, options)
         start = {"framewise": self._framewise, "tracked": self._tracked}
         with ExitStack() as stack:
-            decoders = {branch: stack.enter_context(start[branch](clip, objects, options)) for branch in branches}
-            frame_idx = 0
-            for frames in encoded.groups():
-                decoded = {branch: decode(frames) for branch, decode in decoders.items()}
-                for _ in frames:
-                    for branch, responses in decoded.items():
-                        with timings.stage("masks"):
-                            response = next(responses)
-                        yield {
-                            **response,
-                            "branch": np.array([branch.encode()], object),
-                            "frame_idx": np.array([frame_idx], np.int32),
-                            "frame_size": np.array(clip.size, np.int32),
-                        }
-                    frame_idx += 1
+            decoders = [stack.enter_context(start[branch](clip, objects, options)) for branch in branches]
+
+            def decoded() -> Iterator[list[tuple[Arrays, ...]]]:
+                """Of every group of frames, the responses of all branches to each."""
+                for frames in encoded.groups():
+                    with timings.stage("masks"):
+                        responses = list(zip(*(decode(frames) for decode in decoders), strict=True))
+                    yield responses
+
+            groups = stack.enter_context(closing(one_ahead(decoded())))  # nothing is under way when sessions end
+            for frame_idx, responses in enumerate(chain.from_iterable(groups)):
+                for branch, response in zip(branches, responses, strict=True):
+                    yield {
+                        **response,
+                        "branch": np.array([branch.encode()], object),
+                        "frame_idx": np.array([frame_idx], np.int32),
+                        "frame_size": np.array(clip.size, np.int32),
+                    }
 
     def _select(self, clip: Clip, answer: Answer, frame: Arrays, proposals: Future[Arrays] | None, options: Options) -> Objects:
         """Boxes and embeddings of every [SEG] (spec 5)."""
@@ -409,6 +414,15 @@ class EncodedFrames:
         with self._timings.stage("encode"):
             features = self._pipeline.runner.run("frame_features", {"frame": self._clip.frames[index]}, on_device=True)
         return {name: features[name] for name in FRAME_TENSORS}
+
+
+def one_ahead(items: Iterator[Item]) -> Generator[Item]:
+    """The items, none of which is None; the next is made while one is dealt with."""
+    with ThreadPoolExecutor(1, thread_name_prefix="sparrow") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 NO_PROPOSALS: Arrays = {"proposal_boxes": np.zeros((0, 4), np.float32), "proposal_scores": np.zeros(0, np.float32)}

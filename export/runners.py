@@ -661,15 +661,15 @@ def warm_up(graph: Graph, contract: Component) -> None:
 
 
 def capture_sizes(contract: Component) -> list[dict[str, int]]:
-    """What is captured before the first request: a few frames or objects at once, and one object of every age. The largest come first:
-    what is captured later finds room in their memory.
+    """What is captured before the first request: a few frames or objects at once, objects of every age. The largest come first: what is
+    captured later finds room in their memory.
     """
     dims = contract.dims
     batch: list[str] = [name for name in ("frames", "objects", "embeddings") if name in dims]
     sizes: list[dict[str, int]] = [dict.fromkeys(batch, count) for count in CAPTURED_BATCHES] if batch else [{}]
     if "pointers" in dims:
-        ages = range(dims["pointers"].max - 1, 0, -1)
-        sizes += [{**sizes[-1], "memories": min(age, dims["memories"].max), "pointers": age} for age in ages]
+        ages = range(dims["pointers"].max, 0, -1)
+        return [{**own, "memories": min(age, dims["memories"].max), "pointers": age} for own in sizes for age in ages]
     return sizes
 
 

@@ -19,7 +19,8 @@ def test_what_is_captured_at_the_start_keeps_the_contract_and_gets_smaller(compo
     assert sizes == sorted(sizes, key=lambda own: [-size for size in own.values()][:3])
 
 
-def test_one_object_of_every_age_is_captured():
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_objects_of_every_age_are_captured(count):
     memories = CONTRACTS["propagation"].dims["memories"].max
-    one = [own for own in capture_sizes(CONTRACTS["propagation"]) if own["objects"] == 1]
-    assert {own.get("pointers", 16): own.get("memories", memories) for own in one} == {age: min(age, memories) for age in range(1, 17)}
+    captured = [own for own in capture_sizes(CONTRACTS["propagation"]) if own["objects"] == count]
+    assert {own["pointers"]: own["memories"] for own in captured} == {age: min(age, memories) for age in range(1, 17)}
