@@ -117,6 +117,6 @@ MAX_OBJECT_BATCH = 16
 MAX_REQUESTS = 8
 """Clips that `sparrow` works on at once; more wait in Triton's queue."""
 FRAMES_AHEAD = 16
-"""Frames encoded on a GPU before the tracker asks for them, while the language model runs; bounds the memory of a long clip. On a CPU, where
-frames that are encoded at once keep the next one waiting, they are ENCODER_BATCH.
+"""Frames encoded on a GPU before the tracker asks for them, while the language model runs; bounds the memory of a long clip. On a CPU,
+where frames that are encoded at once keep the next one waiting, they are ENCODER_BATCH.
 """
