@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +31,7 @@ class Hiera(nn.Module):
     def __init__(self, hiera: HieraConfig, image_size: int) -> None:
         super().__init__()
         self.grid = image_size // PATCH_STRIDE
-        self.last_blocks = [sum(hiera.stages[: stage + 1]) - 1 for stage in range(len(hiera.stages))]
+        self.depths, self.windows = hiera.stages, hiera.window_sizes
         patch_embed = nn.Conv2d(3, hiera.embed_dim, kernel_size=7, stride=PATCH_STRIDE, padding=3)
         self.patch_embed = nn.Sequential(OrderedDict(proj=patch_embed))
         self.pos_embed = small_random(1, hiera.embed_dim, hiera.position_grid, hiera.position_grid)
@@ -51,12 +54,27 @@ class Hiera(nn.Module):
             Per stage [N, H, W, C], H = W = image_size / 4, 8, 16, 32.
         """
         x = self.patch_embed(images).permute(0, 2, 3, 1) + self.positions()  # [N, 3, S, S] -> [N, H, W, C]
-        maps = []
-        for index, block in enumerate(self.blocks):
-            x = block(x)
-            if index in self.last_blocks:
-                maps.append(x)
+        maps, blocks = [], cast(Iterator[Block], iter(self.blocks))
+        for stage, depth in enumerate(self.depths):
+            if stage:
+                x = next(blocks)(x)  # pools
+            x = self.windowed(x, list(islice(blocks, depth - (stage > 0))), self.windows[stage])
+            maps.append(x)
         return maps
+
+    def windowed(self, x: Tensor, blocks: Sequence[Block], window: int) -> Tensor:
+        """A map [N, H, W, C] through blocks of one width, which get its cells window by window where they can: only attention to windows
+        depends on their order.
+        """
+        grid = x.shape[1]
+        if not blocks or grid % window or blocks[0].attn.has_kernel:
+            for block in blocks:
+                x = block(x)
+            return x
+        x = split_windows(x, window)
+        for block in blocks:
+            x = block(x, by_window=True)
+        return join_windows(x.flatten(1, 2), window, grid)
 
     def positions(self) -> Tensor:
         """[1, H, W, C] learned positions: resized background plus one window, repeated."""
@@ -78,10 +96,11 @@ class Block(nn.Module):
         if self.pools:
             self.proj = nn.Linear(width, out_width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, by_window: bool = False) -> Tensor:
+        """[N, H, W, C], or its windows [N * windows, w, w, C], to the same; to [N, H / 2, W / 2, 2 C] where it pools."""
         normal = self.norm1(x)
-        shortcut = max_pool(self.proj(normal)) if self.pools else x  # [N, H, W, C] -> [N, H / 2, W / 2, 2 C] where it pools
-        x = shortcut + self.attn(normal)
+        shortcut = max_pool(self.proj(normal)) if self.pools else x
+        x = shortcut + self.attn(normal, by_window)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
@@ -95,13 +114,24 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * out_width)
         self.proj = nn.Linear(out_width, out_width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, H, W, C] to the same, or [N, H / 2, W / 2, 2 C] where it pools."""
-        if by_kernels(self.qkv.weight) and not self.pools:
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a kernel of our own attends to windows where they lie in the map."""
+        if self.pools or not by_kernels(self.qkv.weight):
+            return False
+        from . import kernels
+
+        return kernels.takes_windows(self.grid, self.window)
+
+    def forward(self, x: Tensor, by_window: bool) -> Tensor:
+        """As `Block.forward`."""
+        if by_window:  # of the block's own windows, or all of them together where it sees the whole map
+            q, k, v = (split_heads(own, self.heads) for own in self.qkv(x).reshape(-1, self.window**2, 3 * x.shape[3]).chunk(3, -1))
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+        if self.has_kernel:
             from . import kernels
 
-            if kernels.takes_windows(self.grid, self.window):
-                return self.proj(kernels.window_attention(self.qkv(x), self.heads, self.window))  # type: ignore[no-any-return]
+            return self.proj(kernels.window_attention(self.qkv(x), self.heads, self.window))  # type: ignore[no-any-return]
         q, k, v = self.qkv(split_windows(x, self.window)).chunk(3, -1)  # [N, H, W, C] -> 3 x [windows, w, w, C]
         q = max_pool(q) if self.pools else q
         q, k, v = (split_heads(x.flatten(1, 2), self.heads) for x in (q, k, v))  # -> [windows, heads, w * w, C / heads]
