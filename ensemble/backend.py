@@ -35,8 +35,7 @@ from .tokenizer import Tokenizer
 
 def read_inputs(request: Any, device: Device | None = None) -> dict[str, DeviceArray]:
     """Inputs of a request by name, as copies; on the device those that are on a GPU."""
-    device = device or Host()
-    return {tensor.name(): device.adopt(tensor) for tensor in request.inputs()}
+    return (device or Host()).adopt({tensor.name(): tensor for tensor in request.inputs()})
 
 
 def to_tensors(arrays: Mapping[str, DeviceArray]) -> list[Any]:
@@ -279,7 +278,7 @@ class BlsRunner:
         response = request.exec()
         if response.has_error():
             raise from_wire(response.error().message())
-        return {tensor.name(): self._device.adopt(tensor) for tensor in response.output_tensors()}
+        return self._device.adopt({tensor.name(): tensor for tensor in response.output_tensors()})
 
 
 class TritonMetrics:

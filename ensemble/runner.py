@@ -144,8 +144,8 @@ class Device(Protocol):
     def join(self, arrays: Sequence[DeviceArray]) -> DeviceArray:
         """[n1 + n2 + ..., ...] of arrays [n, ...], of NumPy's or on the device."""
 
-    def adopt(self, tensor: Any) -> DeviceArray:
-        """A tensor of Triton's, as NumPy has it or copied from GPU to GPU; the copy has been made when this returns."""
+    def adopt(self, tensors: Mapping[str, Any]) -> dict[str, DeviceArray]:
+        """Tensors of Triton's, as NumPy has them or copied from GPU to GPU; the copies have been made when this returns."""
 
     def wait(self) -> None:
         """Returns when all that was computed is there, for another process to read."""
@@ -193,9 +193,8 @@ class Host:
     def join(self, arrays: Sequence[Array]) -> Array:
         return np.concatenate(arrays)
 
-    def adopt(self, tensor: Any) -> Array:
-        array: Array = tensor.as_numpy()
-        return array
+    def adopt(self, tensors: Mapping[str, Any]) -> Arrays:
+        return {name: tensor.as_numpy() for name, tensor in tensors.items()}
 
     def wait(self) -> None:
         pass

@@ -170,14 +170,16 @@ class TorchDevice:
 
         return torch.cat([self.put(array) for array in arrays])
 
-    def adopt(self, tensor: Any) -> Array | Tensor:
+    def adopt(self, tensors: Mapping[str, Any]) -> dict[str, Array | Tensor]:
         import torch
 
-        if tensor.is_cpu():
-            return Host().adopt(tensor)
-        own: Tensor = torch.utils.dlpack.from_dlpack(tensor.to_dlpack()).clone()
-        self.wait()
-        return own
+        def own(tensor: Any) -> Array | Tensor:
+            return tensor.as_numpy() if tensor.is_cpu() else torch.utils.dlpack.from_dlpack(tensor.to_dlpack()).clone()
+
+        adopted = {name: own(tensor) for name, tensor in tensors.items()}
+        if any(isinstance(array, torch.Tensor) for array in adopted.values()):
+            self.wait()
+        return adopted
 
     def wait(self) -> None:
         self.mark()()
