@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -504,9 +505,13 @@ def test_serve_leaves_nothing_behind_when_it_is_stopped(repository, tmp_path, st
     process = subprocess.Popen([*command, *ports, str(repository)], env=environment, stderr=subprocess.PIPE, text=True)
     lines = iter(process.stderr.readline, "")  # on a GPU there is one before
     url = next(ready[1] for line in lines if (ready := re.match(r"Ready: gRPC (\S+),", line)))
+    with SparrowClient(url, timeout_s=60) as client, client.track([Prompt(0, boxes=[0.2, 0.2, 0.6, 0.6])], in_flight=0) as session:
+        session.push(clip(1)[0])
+    time.sleep(2 * settings.SWEEP_S)  # by then its figures have been passed on
     process.send_signal(stop)
     assert process.communicate(timeout=30) == (None, "")
     assert process.returncode == 0
+    assert "Fatal Python error" not in (tmp_path / "log").read_text()
     assert not list(tmp_path.glob("sparrow-*"))
     with SparrowClient(url, timeout_s=5) as client:
         assert not client.is_ready()

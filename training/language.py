@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ensemble.config import POOL, ModelConfig
-from export.models.language_model import Caches, Step
+from export.models.language_model import Caches, Step, rotated
 
 from .batches import IGNORED, NOTHING, QUESTIONS, Pool, Seen
 from .loop import Loss
@@ -36,7 +36,8 @@ def read(model: Model, embeddings: Tensor, turns: Tensor, positions: Tensor) -> 
     theirs = turns[:, None]
     visible = ((turns[:, :, None] == theirs) | (theirs == -1))[:, None] & (index[:, None] >= index)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(qkv: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rotated(qkv, step)
         return F.scaled_dot_product_attention(q, k, v, visible), k, v  # the new tokens are all there is
 
     step = Step(decoder.cos[positions][:, None], decoder.sin[positions][:, None], attend)

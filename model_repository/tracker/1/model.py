@@ -16,6 +16,10 @@ class TritonPythonModel(SequenceModel):
         warm_up(tracker.propagation, propagation(self.config))
         return tracker
 
+    def finalize(self) -> None:
+        super().finalize()
+        del self.endpoint  # figures that outlive the interpreter end the process with a fault
+
     def sweep(self) -> None:
         super().sweep()
         with self.lock:
