@@ -23,16 +23,16 @@ VALUES = np.arange(256, dtype=np.uint8)
 
 
 class Preprocessor(Protocol):
-    """Brings frames, [H, W, 3] uint8 RGB, to the sizes and values of the encoders."""
+    """Brings frames, [H, W, 3] uint8 RGB, to the sizes and values of the encoders, as the functions of this module do."""
 
     def tower_frames(self, frames: Sequence[Array], *names: str) -> dict[str, DeviceArray]:
         """Inputs of the vision towers: `context_frames` and `video_frames`, as `names` say, [N, 3, S, S] float32 of N frames."""
 
     def proposal_frame(self, frame: Array) -> DeviceArray:
-        """[1, 3, P, P] float32: input of proposal_detector for one frame, as this module's `proposal_frame`."""
+        """Input of proposal_detector for one frame: `proposal_frame` of `proposal_image` of `grounding_frame`, [1, 3, P, P] float32."""
 
     def encoder_frame(self, frame: Array) -> dict[str, DeviceArray]:
-        """Inputs of frame_encoder for one frame, as this module's `encoder_frame`."""
+        """Inputs of frame_encoder for one frame, as `encoder_frame`."""
 
 
 class HostPreprocessor:

@@ -43,10 +43,12 @@ class Filter:
 
 
 def triangle(x: Array) -> Array:
+    """Weights of the bilinear filter at distances x."""
     return np.maximum(1 - abs(x), 0)
 
 
 def cubic(x: Array, a: float = -0.5) -> Array:
+    """Weights of the bicubic filter at distances x."""
     x = abs(x)
     return np.select([x < 1, x < 2], [((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a])
 
@@ -95,7 +97,7 @@ class TorchPreprocessor:
         return {name: torch.cat([resize[name](own) for own in together]) for name in names}
 
     def proposal_frame(self, frame: Array) -> DeviceArray:
-        """As `frames.proposal_frame` of a grounding frame's picture: floats in the same order of operations."""
+        """As `HostPreprocessor` makes it: floats in the same order of operations."""
         import torch
 
         size = self._config.sam2.image_size
