@@ -330,7 +330,7 @@ def components(config: ModelConfig, native_encoder: bool = False) -> dict[str, C
     features = [
         Component(
             "frame_features",
-            "A caller's frame to its features (spec 1.2, 6.1).",
+            "A caller's frame to its features (spec 1.2, 6.1); an ensemble where frame_encoder is a TensorRT plan (ADR 0022).",
             (session_frame,),
             (*one_frame, frame_size),
             serving="frames",
