@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from google.protobuf import text_format
+from sparrow_client import Prompt, SparrowClient
 from tritonclient.grpc import model_config_pb2
 
 from ensemble.components import components
@@ -14,9 +15,10 @@ from ensemble.config import TINY
 from export import proof, to_tensorrt
 from export.models import graph_class
 from export.runners import Engine, OnnxGraph
+from export.seeded import draw_frame
 from export.serve import Ports, Server, ServerError
 from export.to_onnx import lower, onnx_from_torch
-from export.to_repository import repository_from_checkpoint, write_configs
+from export.to_repository import SOURCE, repository_from_checkpoint, write_configs
 from export.to_tensorrt import TensorRtError, profile
 
 CONTRACTS = components(TINY)
@@ -72,6 +74,55 @@ def test_frame_encoder_is_served_by_the_backend_for_plans_and_the_rest_in_python
     assert configs["tracker"].backend == "python"
     assert configs["tracker"].parameters["engine_kind"].string_value == "tensorrt"
     assert configs["language_model"].parameters["engine_kind"].string_value == "torch"
+
+
+STAND_IN = """
+from ensemble.backend import Model, read_inputs, to_response
+from export.runners import open_graphs
+
+
+class TritonPythonModel(Model):
+    def initialize(self, args):
+        super().initialize(args)
+        (self.graph,) = open_graphs(self.settings, self.folder, ["frame_encoder"], self.config).values()
+
+    def execute(self, requests):
+        return [to_response({name: array[:, None] for name, array in self.graph.run(read_inputs(own)).items()}) for own in requests]
+"""
+"""What answers for a plan where there is no backend for it: the ONNX graph, with the shapes that Triton gives a plan's outputs."""
+
+
+@pytest.mark.serving
+def test_ensemble_around_a_plan_gives_the_masks_of_one_process(server, repository, tmp_path):
+    native = tmp_path / "native"
+    shutil.copytree(repository, native)
+    write_configs(TINY, tmp_path / "configs", Engine("tensorrt"))
+    for name in ("sparrow_track", "frame_features", "frame_preprocessor", "frame_encoder"):
+        (native / name / "1").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tmp_path / "configs" / name / "config.pbtxt", native / name / "config.pbtxt")
+    for file in (native / "frame_features" / "1").iterdir():
+        shutil.move(file, native / "frame_encoder" / "1")
+    (native / "frame_encoder" / "1" / "model.py").write_text(STAND_IN)
+    shutil.copyfile(SOURCE / "frame_preprocessor" / "1" / "model.py", native / "frame_preprocessor" / "1" / "model.py")
+    shutil.copyfile(native / "tracker" / "1" / "config.json", native / "frame_preprocessor" / "1" / "config.json")
+    path = native / "frame_encoder" / "config.pbtxt"
+    config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+    config.platform, config.backend, config.default_model_filename = "", "python", ""
+    config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.Kind.KIND_CPU
+    config.parameters["engine_kind"].string_value = "onnx"
+    path.write_text(text_format.MessageToString(config))
+    with Server(native, Ports(0, 0, 0)) as other:
+        for one, two in zip(*(masks_through(own.url) for own in (server, other)), strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+def masks_through(url):
+    """Of a question about a clip, and of a session."""
+    frames = [draw_frame(index / 5, 60, 80) for index in range(5)]
+    with SparrowClient(url, timeout_s=60) as client:
+        yield from (frame.masks for frame in client.segment(np.stack(frames), "Please segment the moving shape in this video.").frames)
+        with client.track([Prompt(0, boxes=[0.2, 0.3, 0.6, 0.8])], in_flight=0) as session:
+            yield from (session.push(frame)[0].masks for frame in frames)
 
 
 def test_server_without_the_backend_for_plans_says_where_they_run(tmp_path):
