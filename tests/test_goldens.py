@@ -25,7 +25,7 @@ class Recorder:
     """A runner that keeps the names of the graphs that were run."""
 
     def __init__(self, runner):
-        self._runner, self.calls = runner, []
+        self._runner, self.on_gpu, self.calls = runner, runner.on_gpu, []
 
     def run(self, component, inputs, on_device=False):
         self.calls.append(component)
