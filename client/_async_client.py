@@ -83,7 +83,7 @@ class AsyncSparrowClient:
                         yield event
                     finished = is_last(response.infer_response)
         finally:
-            await unshare_async(self._stub, region)
+            await unshare_async(self._stub, region, self.timeout_s)
 
     @asynccontextmanager
     async def track(
@@ -191,5 +191,5 @@ class AsyncTrackSession(Session):
 
     async def _release(self) -> None:
         self._stream = None
-        await unshare_async(self._stub, self._region)
+        await unshare_async(self._stub, self._region, self._farewell_s)
         self._region = None

@@ -110,7 +110,7 @@ class SparrowClient:
                     yield from events_from_response(response)
                     finished = is_last(response.infer_response)
         finally:
-            unshare(self._stub, region)
+            unshare(self._stub, region, self.timeout_s)
 
     def track(
         self,

@@ -110,19 +110,25 @@ def share(stub: Any, num_slots: int, slot_bytes: int, timeout_s: float) -> Frame
     return None
 
 
-def unshare(stub: Any, region: FrameRegion | None) -> None:
-    """Takes memory back, if there is any, as soon as nobody reads it: a request that was taken back ends a little later."""
+def unshare(stub: Any, region: FrameRegion | None, timeout_s: float) -> None:
+    """Takes memory back, if there is any, as soon as nobody reads it: a request that was taken back ends a little later.
+
+    Args:
+        stub: as of `share`.
+        region: the memory.
+        timeout_s: longest wait for the server, FAREWELL_S at the most.
+    """
     if region:
-        deadline = time.monotonic() + FAREWELL_S
-        while not unregistered(stub, region) and time.monotonic() < deadline:
+        deadline = time.monotonic() + min(timeout_s, FAREWELL_S)
+        while not unregistered(stub, region, deadline) and time.monotonic() < deadline:
             time.sleep(RETRY_S)
         region.close()
 
 
-def unregistered(stub: Any, region: FrameRegion) -> bool:
+def unregistered(stub: Any, region: FrameRegion, deadline: float) -> bool:
     """Whether the server has nothing more to do with it; it refuses to let go of what a request may still read."""
     try:
-        stub.SystemSharedMemoryUnregister(region.unregistration, timeout=FAREWELL_S)
+        stub.SystemSharedMemoryUnregister(region.unregistration, timeout=deadline - time.monotonic())
     except grpc.RpcError as error:
         return IN_USE not in (error.details() or "")
     return True
@@ -142,19 +148,19 @@ async def share_async(stub: Any, num_slots: int, slot_bytes: int, timeout_s: flo
     return None
 
 
-async def unshare_async(stub: Any, region: FrameRegion | None) -> None:
+async def unshare_async(stub: Any, region: FrameRegion | None, timeout_s: float) -> None:
     """`unshare` for asyncio."""
     if region:
-        deadline = time.monotonic() + FAREWELL_S
-        while not await unregistered_async(stub, region) and time.monotonic() < deadline:
+        deadline = time.monotonic() + min(timeout_s, FAREWELL_S)
+        while not await unregistered_async(stub, region, deadline) and time.monotonic() < deadline:
             await asyncio.sleep(RETRY_S)
         region.close()
 
 
-async def unregistered_async(stub: Any, region: FrameRegion) -> bool:
+async def unregistered_async(stub: Any, region: FrameRegion, deadline: float) -> bool:
     """`unregistered` for asyncio."""
     try:
-        await stub.SystemSharedMemoryUnregister(region.unregistration, timeout=FAREWELL_S)
+        await stub.SystemSharedMemoryUnregister(region.unregistration, timeout=deadline - time.monotonic())
     except grpc.RpcError as error:
         return IN_USE not in (error.details() or "")
     return True

@@ -151,5 +151,5 @@ class TrackSession(Session):
 
     def _release(self) -> None:
         self._stream = None
-        unshare(self._stub, self._region)
+        unshare(self._stub, self._region, self._farewell_s)
         self._region = None

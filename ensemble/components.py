@@ -338,11 +338,7 @@ def components(config: ModelConfig, native_encoder: bool = False) -> dict[str, C
         )
     ]
     if native_encoder:
-        prepared = (
-            TensorSpec("pictures", picture.dtype, picture.shape, picture.doc),
-            TensorSpec("picture_sizes", picture_size.dtype, picture_size.shape, picture_size.doc),
-            frame_size,
-        )
+        prepared = (replace(picture, name="pictures"), replace(picture_size, name="picture_sizes"), frame_size)
         features = [
             Component("frame_preprocessor", "A caller's frame to the encoder's input.", (session_frame,), prepared, serving="function"),
             replace(features[0], serving="ensemble", calls=("frame_preprocessor", "frame_encoder"), parts=()),

@@ -382,8 +382,8 @@ class EncodedFrames:
     def __init__(self, pipeline: Pipeline, clip: Clip, pool: ThreadPoolExecutor, timings: Timings) -> None:
         self._pipeline, self._clip, self._pool, self._timings = pipeline, clip, pool, timings
         self._futures: dict[int, Future[Arrays]] = {}
-        self._ahead = settings.FRAMES_AHEAD if pipeline.runner.on_gpu else settings.ENCODER_BATCH
-        self._submit(range(self._ahead if pipeline.runner.on_gpu else 1))
+        self._ahead, first = (settings.FRAMES_AHEAD, settings.FRAMES_AHEAD) if pipeline.runner.on_gpu else (settings.ENCODER_BATCH, 1)
+        self._submit(range(first))
 
     def __getitem__(self, index: int) -> Arrays:
         """Features of one frame, [1, ...]."""

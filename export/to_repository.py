@@ -136,9 +136,9 @@ def model_fields(model: Component, contracts: Mapping[str, Component], engine: E
         fields["backend"] = "python"
     if graph.parts(contracts, model.name):
         parameters |= engine_of(model, engine).parameters()
-    if model.serving in ("function", "frames", "stream"):  # for graphs, all of which have to take what is left on a GPU
-        takers = ["frame_encoder", *(part.name for part in graph.parts(contracts, model.name))]
-        parameters["resize_on"] = "gpu" if all(engine.of(taker).engine_kind != "onnx" for taker in takers) else "cpu"
+    if model.serving in ("function", "frames", "stream"):  # for its own graphs, or a plan, which have to take what is left on a GPU
+        on_gpu = all(engine.of(part.name).engine_kind != "onnx" for part in graph.parts(contracts, model.name))
+        parameters["resize_on"] = "gpu" if on_gpu else "cpu"
     # One process, also where there are several GPUs: state is in it, and frames of a session cannot overtake each other. In Python it finds
     # its GPU itself.
     fields["instance_group"] = [{"kind": "KIND_GPU" if native else "KIND_MODEL", "count": 1}]

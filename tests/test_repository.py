@@ -263,3 +263,19 @@ def test_configuration_carries_the_kinds_of_single_graphs(tmp_path):
     for name in ("sparrow", "tracker"):
         parameters = {key: value.string_value for key, value in configs[name].parameters.items()}
         assert Engine.from_parameters(parameters) == Engine("torch", components={"mask_decoder": "aoti"})
+
+
+@pytest.mark.parametrize(
+    ("engine", "frames", "towers"),
+    [
+        (Engine("onnx"), "cpu", "cpu"),
+        (Engine("torch"), "gpu", "gpu"),
+        (Engine("torch", components={"frame_encoder": "onnx"}), "cpu", "gpu"),
+        (Engine("onnx", components={"frame_encoder": "torch"}), "gpu", "cpu"),
+    ],
+)
+def test_frames_are_resized_where_the_graphs_of_their_process_are(tmp_path, engine, frames, towers):
+    write_configs(FULL, tmp_path, engine)
+    for name, where in (("frame_features", frames), ("sparrow", towers)):
+        config = text_format.Parse((tmp_path / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+        assert config.parameters["resize_on"].string_value == where
