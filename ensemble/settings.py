@@ -112,8 +112,8 @@ frames it holds; with more, the masks of the first come later, and so do those o
 """
 ENCODER_BATCH = 4
 """Frames in one call of frame_encoder: more at once take no less time each, hold 2.5 GB more of a GPU, and let the tracker wait."""
-MAX_OBJECT_BATCH = 16
-"""Objects in one call of a graph; a power of two, and calls hold a power of two of them."""
+OBJECT_BATCHES = (16, 8, 4, 3, 2, 1)
+"""Objects in one call of a graph: few sizes, since a GPU captures a call for each of them at every age of the objects."""
 MAX_REQUESTS = 8
 """Clips that `sparrow` works on at once; more wait in Triton's queue."""
 FRAMES_AHEAD = 16

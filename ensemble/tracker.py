@@ -445,8 +445,8 @@ def plan(frame: int, state: TrackState, edits: Edits) -> list[Target]:
 
 
 def chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """The objects that share calls: those that start, or have memories of one age, in powers of two. No call pays for padding or a mask,
-    shapes are few, and who else is in the step does not change an object's.
+    """The objects that share calls: those that start, or have memories of one age, in few sizes. No call pays for padding or a mask, shapes
+    are few, and who else is in the step does not change an object's.
     """
     groups: dict[int, list[Target]] = {}
     for target in targets:
@@ -456,10 +456,10 @@ def chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
 
 
 def buckets(entries: list[Any]) -> Iterator[list[Any]]:
-    """Pieces of 16, 8, 4, 2 and 1: a step pays for no padding."""
+    """Pieces of 16, 8, 4, 3, 2 and 1: a step pays for no padding."""
     start = 0
     while start < len(entries):
-        size = min(settings.MAX_OBJECT_BATCH, 1 << (len(entries) - start).bit_length() - 1)
+        size = next(size for size in settings.OBJECT_BATCHES if size <= len(entries) - start)
         yield entries[start : start + size]
         start += size
 

@@ -19,6 +19,9 @@ MAX_SHAPES = 128
 IDLE_CACHE_BYTES = 256 << 20
 """GPU memory that a process keeps for its next request beyond what it holds: every model is a process, and they share the GPU."""
 
+EARLY = "_early"
+"""In the name of a kernel that may begin before the one before it has ended: it waits by itself (models/kernels.py)."""
+
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -94,9 +97,11 @@ class Captured:
         places = [self._place(index, tensor) for index, tensor in enumerate(inputs)]  # filled by whoever replays: nothing runs here
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # as capturing does: what is idle behind it is the pool's
-        idle, graph = torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), torch.cuda.CUDAGraph()
+        idle, graph = torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph, pool=Captured._pool.pool(), capture_error_mode="thread_local"):
             results = several(self._call(*places))
+        begin_early(graph.raw_cuda_graph())
+        graph.instantiate()
         Captured.pool_bytes += torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - idle
         return Capture(graph, places, results)
 
@@ -108,3 +113,46 @@ class Captured:
         if index not in self._places or self._places[index].numel() < size:
             self._places[index] = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=tensor.device)
         return self._places[index][:size].view(tensor.dtype).view(tensor.shape)
+
+
+def begin_early(graph: int) -> None:
+    """Lets the kernels with EARLY in their names begin once every program of the kernel before them has begun, as a programmatic dependent
+    launch does: AOTInductor of torch 2.11 has no such launches, but what it has captured can be given their dependencies.
+
+    Args:
+        graph: address of a cudaGraph_t that is not instantiated yet.
+    """
+    from cuda.bindings import driver
+
+    own, plain = driver.CUgraph(graph), driver.CUgraphEdgeData()
+    programmatic = driver.CUgraphEdgeData()
+    programmatic.type = driver.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC.value
+    programmatic.from_port = driver.CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
+    *_, count = done(driver.cuGraphGetEdges(own))
+    sources, targets, *_ = done(driver.cuGraphGetEdges(own, count))
+    for source, target in zip(sources, targets, strict=True):
+        if EARLY in kernel_name(target) and kernel_name(source):
+            done(driver.cuGraphRemoveDependencies(own, [source], [target], [plain], 1))
+            done(driver.cuGraphAddDependencies(own, [source], [target], [programmatic], 1))
+
+
+def kernel_name(node: Any) -> str:
+    """Of a node of a CUDA graph; empty for what is no kernel."""
+    from cuda.bindings import driver
+
+    (kind,) = done(driver.cuGraphNodeGetType(node))
+    if kind != driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL:
+        return ""
+    (parameters,) = done(driver.cuGraphKernelNodeGetParams(node))
+    (name,) = done(driver.cuFuncGetName(parameters.func) if int(parameters.func) else driver.cuKernelGetName(parameters.kern))
+    return str(name.decode())
+
+
+def done(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a call of the driver returned behind its status; raises RuntimeError where that is none of success."""
+    status, *values = result
+    if status.value:
+        raise RuntimeError(
+            f"CUDA graph: got {status.name} from the driver, expected CUDA_SUCCESS. Check that driver and torch fit together."
+        )
+    return tuple(values)

@@ -40,7 +40,7 @@ ENGINE_SUFFIX = {"torch": ".safetensors", "onnx": ".onnx", "aoti": ".pt2", "tens
 POSITIONS_STEP = 512
 """Positions by which the cache of the language model grows."""
 
-CAPTURED_BATCHES = (4, 2, 1)
+CAPTURED_BATCHES = (4, 3, 2, 1)
 """Frames or objects of the calls that are captured at the start; others are when they come."""
 
 COMPOSED = ("memory_attention",)

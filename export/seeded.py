@@ -2,7 +2,7 @@
 
     python -m export.seeded FOLDER {tiny,full}
 
-Only one thing is not random: the language model is wired to answer every question with `ANSWER`, so that the whole road from a
+Only one thing is not random: the language model is wired to answer every question with one sentence, so that the whole road from a
 prompt to masks is walked. What the masks show means nothing.
 """
 
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ANSWER = "the moving shape [BOX] [SEG]"
+LONG_ANSWER = (
+    "the horse jumps over a small blue fence while you watch: red circle, green triangle and yellow box that moves to left from behind "
+    "[BOX] [SEG]"
+)
+"""30 tokens with that of its end, of the full-size model: as many as its first answer is measured with."""
 
 CORPUS = (
     "Please segment the moving shape in this video.",
@@ -56,7 +61,7 @@ PHI3_TOKENS = (
 """Added tokens of Phi-3 in order of their ids, and whether they swallow white space behind them (spec 2)."""
 
 
-def write_seeded(root: Path, config: ModelConfig, seed: int, device: str = "cpu") -> None:
+def write_seeded(root: Path, config: ModelConfig, seed: int, device: str = "cpu", answer: str = ANSWER) -> None:
     """Writes a checkpoint of any size; the same seed gives the same files.
 
     Args:
@@ -64,6 +69,7 @@ def write_seeded(root: Path, config: ModelConfig, seed: int, device: str = "cpu"
         config: its vocabulary ends with the tokens that Phi-3 and SPARROW add.
         seed: of all weights.
         device: where they are drawn; each draws others.
+        answer: to every question.
     """
     from .checkpoints import SOURCES, random_states, write_checkpoint
 
@@ -71,7 +77,7 @@ def write_seeded(root: Path, config: ModelConfig, seed: int, device: str = "cpu"
     folder = root / SOURCES["sparrow"]
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, config.language.vocab_size)
-    wire_answer(states["sparrow"], Tokenizer(folder))
+    wire_answer(states["sparrow"], Tokenizer(folder), answer)
     show_masks(states["sparrow"])
     write_checkpoint(root, config, states)
 
@@ -111,7 +117,7 @@ def write_tokenizer(folder: Path, vocab_size: int = TINY.language.vocab_size, co
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
-def wire_answer(sparrow: dict[str, Tensor], tokenizer: Tokenizer) -> None:
+def wire_answer(sparrow: dict[str, Tensor], tokenizer: Tokenizer, answer: str) -> None:
     """Makes every token of the answer call for the next one.
 
     The layers are damped, so that the final state stays close to the embedding of the last token, and each row of lm_head is the
@@ -119,9 +125,9 @@ def wire_answer(sparrow: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     """
     import torch
 
-    chain = [*tokenizer.encode("<|assistant|>")[-1:], *tokenizer.encode(ANSWER.replace(" [", "[")), *tokenizer.encode("<|end|>")[-1:]]
+    chain = [*tokenizer.encode("<|assistant|>")[-1:], *tokenizer.encode(answer.replace(" [", "[")), *tokenizer.encode("<|end|>")[-1:]]
     if len(set(chain)) < len(chain):
-        raise ValueError(f"the answer {ANSWER!r} repeats a token, expected each once: {chain}")
+        raise ValueError(f"the answer {answer!r} repeats a token, expected each once: {chain}")
     embeddings = torch.randn_like(sparrow["model.embed_tokens.weight"])
     layers = sum(name.endswith("o_proj.weight") for name in sparrow)
     sparrow["model.embed_tokens.weight"] = embeddings
@@ -174,7 +180,9 @@ def main(target: Path, preset: str) -> None:
     """Writes the checkpoint of a preset to <target>/checkpoint, and for the tiny one a clip beside it."""
     import torch
 
-    write_seeded(target / "checkpoint", PRESETS[preset], seed=0, device="cuda" if preset == "full" and torch.cuda.is_available() else "cpu")
+    full = preset == "full"
+    device = "cuda" if full and torch.cuda.is_available() else "cpu"
+    write_seeded(target / "checkpoint", PRESETS[preset], seed=0, device=device, answer=LONG_ANSWER if full else ANSWER)
     if preset == "tiny":
         write_clip(target / "clip.mp4")
 

@@ -19,7 +19,7 @@ def test_what_is_captured_at_the_start_keeps_the_contract_and_gets_smaller(compo
     assert sizes == sorted(sizes, key=lambda own: [-size for size in own.values()][:3])
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_objects_of_every_age_are_captured(count):
     memories = CONTRACTS["propagation"].dims["memories"].max
     captured = [own for own in capture_sizes(CONTRACTS["propagation"]) if own["objects"] == count]

@@ -1,6 +1,9 @@
 """Kernels in Triton for what a GPU's libraries are slow at, in half precision (docs/performance.md).
 
 Imported while something is exported for a GPU (`layers.by_kernels`): torch brings Triton along there, and nowhere else.
+
+A kernel named so (`export.capture.EARLY`) begins while the one before it still runs. It may fetch weights at once; before it reads what
+another kernel has written, and before it writes, it waits.
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ PARTS = 32
 """Programs of `ring_attention_` for each head, shared by the answers: one answer has too few heads for all processors."""
 SLOT_BLOCK = 16
 """Slots that a program of `ring_attention_` reads at once."""
+
+
+def begins_early() -> bool:
+    """Whether this machine lets a kernel begin before the one before it has ended: from Hopper on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -90,7 +98,7 @@ def takes_windows(grid: int, window: int) -> bool:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dot_rows(  # type: ignore[no-untyped-def]
+def _dot_rows_early(  # type: ignore[no-untyped-def]
     x,
     weight,
     gamma,
@@ -103,8 +111,11 @@ def _dot_rows(  # type: ignore[no-untyped-def]
     GATED: tl.constexpr,
     NORMED: tl.constexpr,
     ADDED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """ROWS values of the result, as fast as memory gives their rows of weights; these are on their way while the token is normed."""
+    """ROWS values of the result, as fast as memory gives their rows of weights; these are on their way while the token is awaited."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     dtype: tl.constexpr = weight.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)
@@ -114,6 +125,8 @@ def _dot_rows(  # type: ignore[no-untyped-def]
     if GATED:
         half = tl.num_programs(0) * ROWS * WIDTH
         weights_up = tl.load(place + half, mask=there[None, :], other=0.0, eviction_policy="evict_first")
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     values = tl.load(x + column, mask=there, other=0.0).to(tl.float32)
     if NORMED:
         values *= tl.rsqrt(tl.sum(values * values, 0) / WIDTH + EPS) * tl.load(gamma + column, mask=there, other=0.0).to(tl.float32)
@@ -152,7 +165,7 @@ def row_product(
     padded = triton.next_power_of_2(width)
     together = math.gcd(rows, max(1, PRODUCT_WEIGHTS // (2 * padded if gated else padded)))
     out = torch.empty(1, 1, rows, dtype=weight.dtype if residual is None else residual.dtype, device=weight.device)
-    torch.library.wrap_triton(_dot_rows)[(rows // together,)](
+    torch.library.wrap_triton(_dot_rows_early)[(rows // together,)](
         x.contiguous(),
         weight,
         weight if gamma is None else gamma,
@@ -165,12 +178,13 @@ def row_product(
         GATED=gated,
         NORMED=gamma is not None,
         ADDED=residual is not None,
+        EARLY=begins_early(),
     )
     return out
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dot_tokens(  # type: ignore[no-untyped-def]
+def _dot_tokens_early(  # type: ignore[no-untyped-def]
     x,
     weight,
     residual,
@@ -182,8 +196,12 @@ def _dot_tokens(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
     GATED: tl.constexpr,
     ADDED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """ROWS values of the result of every token, with several blocks of weights on their way."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     dtype: tl.constexpr = weight.dtype.element_ty
     row, rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.num_programs(0) * ROWS
     token, column = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK)
@@ -224,7 +242,7 @@ def tokens_product(x: Tensor, weight: Tensor, gated: bool = False, residual: Ten
     together, block = (32, 128) if rows > 4096 else (16, 512)  # few rows leave processors idle unless they are shared out finely
     together = math.gcd(rows, together)
     out = torch.empty(count, 1, rows, dtype=weight.dtype if residual is None else residual.dtype, device=weight.device)
-    torch.library.wrap_triton(_dot_tokens)[(rows // together, (count + TOKENS - 1) // TOKENS)](
+    torch.library.wrap_triton(_dot_tokens_early)[(rows // together, (count + TOKENS - 1) // TOKENS)](
         x.contiguous(),
         weight,
         weight if residual is None else residual.contiguous(),
@@ -236,13 +254,14 @@ def tokens_product(x: Tensor, weight: Tensor, gated: bool = False, residual: Ten
         TOKENS=TOKENS,
         GATED=gated,
         ADDED=residual is not None,
+        EARLY=begins_early(),
         num_warps=2,
     )
     return out
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _attend_ring(  # type: ignore[no-untyped-def]
+def _attend_ring_early(  # type: ignore[no-untyped-def]
     qkv,
     cos,
     sin,
@@ -261,12 +280,16 @@ def _attend_ring(  # type: ignore[no-untyped-def]
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A query of one head over every n-th block of its slots, of n programs: what they mix, and how much weight they have.
 
     The one that reads the new token's slot writes it first. Caches are counted in rows of HEAD channels: whatever the number of slots,
     it is plain that rows are aligned, without which loads take one channel each.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     pair, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     sequence, head = pair // HEADS, pair % HEADS
     first = sequence.to(tl.int64) * rows_apart + head * size
@@ -318,8 +341,13 @@ def _attend_ring(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _join_parts(mixed, most, totals, out, parts, HEAD: tl.constexpr, PADDED: tl.constexpr, MOST_PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _join_parts_early(  # type: ignore[no-untyped-def]
+    mixed, most, totals, out, parts, HEAD: tl.constexpr, PADDED: tl.constexpr, MOST_PARTS: tl.constexpr, EARLY: tl.constexpr
+):
     """What the programs of one head have mixed, put together by their weights."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     pair, part, channel = tl.program_id(0), tl.arange(0, MOST_PARTS), tl.arange(0, PADDED)
     place, there = pair * parts + part, channel < HEAD
     peaks = tl.load(most + place, mask=part < parts, other=float("-inf"))
@@ -351,7 +379,7 @@ def ring_attention_(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: 
     most, totals = (torch.empty(pieces, dtype=torch.float32, device=qkv.device) for _ in range(2))
     out = torch.empty(count, heads, 1, head, dtype=keys.dtype, device=qkv.device)
     padded = triton.next_power_of_2(head)
-    torch.library.wrap_triton(_attend_ring)[pieces](
+    torch.library.wrap_triton(_attend_ring_early)[pieces](
         qkv.contiguous(),
         cos.contiguous(),
         sin.contiguous(),
@@ -370,9 +398,10 @@ def ring_attention_(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: 
         PADDED=padded,
         BLOCK=SLOT_BLOCK,
         STAGES=1 if alone else 3,
+        EARLY=begins_early(),
         num_warps=1 if alone else 2,
     )
-    torch.library.wrap_triton(_join_parts)[(count * heads,)](
-        mixed, most, totals, out, parts, HEAD=head, PADDED=padded, MOST_PARTS=PARTS, num_warps=1
+    torch.library.wrap_triton(_join_parts_early)[(count * heads,)](
+        mixed, most, totals, out, parts, HEAD=head, PADDED=padded, MOST_PARTS=PARTS, EARLY=begins_early(), num_warps=1
     )
     return out
