@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import os
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,9 @@ from .pipeline import Pipeline
 from .runner import Device, DeviceArray, Graph, Host, Parameters, SequenceRequest, Session, Stateful
 from .tensors import Arrays
 from .tokenizer import Tokenizer
+
+MPS_PRIORITY, BELOW_NORMAL = "CUDA_MPS_CLIENT_PRIORITY", "1"
+"""Frames are encoded ahead of their masks: where models share a GPU by MPS, that gives way to what an answer or a frame waits for."""
 
 
 def read_inputs(request: Any, device: Device | None = None) -> dict[str, DeviceArray]:
@@ -96,6 +100,7 @@ class FramesModel(Model):
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
+        os.environ.setdefault(MPS_PRIORITY, BELOW_NORMAL)
         (encoder,) = self.open_graphs(self.settings, self.folder, ["frame_encoder"], self.config).values()
         self._features = FrameFeatures(self.open_preprocessor(self.settings, self.config), encoder, self.open_device(self.settings))
 

@@ -101,8 +101,8 @@ class Objects:
 
 
 Item = TypeVar("Item")
-FrameDecoder = Callable[[list[Arrays]], Iterator[Arrays]]
-"""Features of frames that follow each other to the masks of the objects on each."""
+FrameDecoder = Callable[[list[Arrays], bool], Iterator[Arrays]]
+"""Features of frames that follow each other, and whether they are the last, to the masks of the objects on each."""
 
 
 class Timings:
@@ -241,9 +241,9 @@ class Pipeline:
 
             def decoded() -> Iterator[list[tuple[Arrays, ...]]]:
                 """Of every group of frames, the responses of all branches to each."""
-                for frames in encoded.groups():
+                for frames, are_last in encoded.groups():
                     with timings.stage("masks"):
-                        responses = list(zip(*(decode(frames) for decode in decoders), strict=True))
+                        responses = list(zip(*(decode(frames, are_last) for decode in decoders), strict=True))
                     yield responses
 
             groups = stack.enter_context(closing(one_ahead(decoded())))  # nothing is under way when sessions end
@@ -296,7 +296,7 @@ class Pipeline:
             prompts = [Prompt(TEXT_ONLY, multimask=False, text=text) for text in objects.embeddings]
         starts = np.flatnonzero(np.diff(owners, prepend=-1))
 
-        def decode(frames: list[Arrays]) -> Iterator[Arrays]:
+        def decode(frames: list[Arrays], are_last: bool) -> Iterator[Arrays]:
             for frame in frames:
                 decoded = self._decode(frame, prompts)
                 best = {name: np.maximum.reduceat(decoded[name], starts) for name in ("mask_logits", "predicted_iou", "object_scores")}
@@ -317,9 +317,9 @@ class Pipeline:
         frame_size = np.array(clip.size, np.int32)
         with open_session(self.runner, "tracker", {"mask_format": options.mask_format}) as session:
 
-            def decode(frames: list[Arrays]) -> Iterator[Arrays]:
+            def decode(frames: list[Arrays], are_last: bool) -> Iterator[Arrays]:
                 joined = {name: self.runner.join([frame[name] for frame in frames]) for name in frames[0]}
-                response = session.step({**joined, "frame_size": frame_size, **({} if session.started else start)})
+                response = session.step({**joined, "frame_size": frame_size, **({} if session.started else start)}, end=are_last)
                 del response["object_ids"]  # the rows of `phrases`
                 rows = {name: np.split(array, len(frames)) for name, array in response.items()}  # every frame has the same objects
                 for index in range(len(frames)):
@@ -390,8 +390,12 @@ class EncodedFrames:
         self._submit(range(index, index + 1 + self._ahead))
         return self._futures[index].result()
 
-    def groups(self) -> Iterator[list[Arrays]]:
-        """Every frame once and in order: frame 0, whose masks are waited for, then the next with those behind it that are there already."""
+    def groups(self) -> Iterator[tuple[list[Arrays], bool]]:
+        """Every frame once and in order: frame 0, whose masks are waited for, then the next with those behind it that are there already.
+
+        Yields:
+            frames, and whether they are the last.
+        """
         index = 0
         while index < len(self._clip.frames):
             frames = [self[index]]
@@ -400,7 +404,7 @@ class EncodedFrames:
             for _ in frames:
                 del self._futures[index]
                 index += 1
-            yield frames
+            yield frames, index == len(self._clip.frames)
 
     def _is_there(self, index: int) -> bool:
         return index in self._futures and self._futures[index].done()

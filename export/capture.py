@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MAX_SHAPES = 128
 """Graphs that one call keeps, of the shapes that it was last given."""
 
-IDLE_CACHE_BYTES = 256 << 20
+IDLE_CACHE_BYTES = 64 << 20
 """GPU memory that a process keeps for its next request beyond what it holds: every model is a process, and they share the GPU."""
 
 EARLY = "_early"

@@ -333,18 +333,17 @@ class AotiGraph(TensorGraph):
     Args:
         path: .pt2 file.
         component: its name.
-        config: sizes.
+        module: its weights and sizes.
     """
 
-    def __init__(self, path: Path, component: str, config: ModelConfig) -> None:
-        from .models import graph_class
-
-        call = load_package(path)
-        if size := graph_class(component).alone:
-            axes = components(config)[component].dynamic_axes().values()
-            place, axis = next((place, axis) for place, names in enumerate(axes) for axis, name in names.items() if name == size)
-            call = choose(load_package(alone_package(path)), call, place, axis)
-        super().__init__(components(config)[component], call)
+    def __init__(self, path: Path, component: str, module: Module) -> None:
+        contract, weights = components(module.config)[component], list(module.to(torch_device()).parameters())
+        package = load_package(path)
+        if module.alone:
+            axes = contract.dynamic_axes().values()
+            place, axis = next((place, axis) for place, names in enumerate(axes) for axis, name in names.items() if name == module.alone)
+            package = choose(load_package(alone_package(path)), package, place, axis)
+        super().__init__(contract, lambda *tensors: package(*tensors, *weights))
 
 
 def choose(alone: Call, others: Call, place: int = 0, axis: int = 0) -> Call:
@@ -382,7 +381,7 @@ class CompiledLayers:
 
 def load_compiled(path: Path, config: ModelConfig) -> tuple[Any, CompiledLayers]:
     """The language decoder's module, and the layers that were compiled from it, which lie beside its weights."""
-    module = load_module(path.with_suffix(ENGINE_SUFFIX["torch"]), "language_decoder", config)
+    module = load_module(path, "language_decoder", config)
     decode = choose(load_package(alone_package(path)), load_package(path))
     return module, CompiledLayers(decode, load_package(prompt_package(path)))
 
@@ -623,13 +622,16 @@ def load_graph(engine: Engine, path: Path, component: str, config: ModelConfig) 
         return OnnxGraph(path)
     if engine.engine_kind == "aoti" and component == "language_decoder":
         return CompiledSteps(*load_compiled(path, config), engine.precision)
-    if engine.engine_kind == "aoti":
-        return AotiGraph(path, component, config)
     if engine.engine_kind == "tensorrt":
         from .tensorrt_graph import TensorRtGraph
 
         return TensorRtGraph(path, component, config)
-    return TorchGraph(load_module(path, component, config), component, engine.precision)
+    return with_weights(engine, path, component, load_module(path, component, config))
+
+
+def with_weights(engine: Engine, path: Path, component: str, module: Module) -> Graph:
+    """The graph of a component whose weights torch holds."""
+    return AotiGraph(path, component, module) if engine.engine_kind == "aoti" else TorchGraph(module, component, engine.precision)
 
 
 def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str], config: ModelConfig) -> dict[str, Graph]:
@@ -637,14 +639,11 @@ def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str
     so that the first request need not wait for it.
     """
     engines = {name: Engine.from_parameters(parameters).of(name) for name in names}
-    modules = {
-        name: load_module(engine_path(engine, folder, name), name, config)
-        for name, engine in engines.items()
-        if engine.engine_kind == "torch"
-    }
+    paths = {name: engine_path(engine, folder, name) for name, engine in engines.items()}
+    modules = {name: load_module(paths[name], name, config) for name, engine in engines.items() if engine.engine_kind in ("torch", "aoti")}
     share_weights(list(modules.values()))
     graphs: dict[str, Graph] = {
-        name: TorchGraph(modules[name], name, engine.precision) if name in modules else open_graph(parameters, folder, name, config)
+        name: with_weights(engine, paths[name], name, modules[name]) if name in modules else load_graph(engine, paths[name], name, config)
         for name, engine in engines.items()
     }
     for name, graph in graphs.items():
@@ -741,13 +740,13 @@ def engine_file(engine: Engine, component: str) -> str:
 
 
 def load_module(path: Path, component: str, config: ModelConfig) -> Module:
-    """A component's module with the weights that `save_module` wrote."""
+    """A component's module with the weights that `save_module` wrote, at `path` or beside the engine there."""
     from safetensors.torch import load_file
 
     from .models import empty_module
 
     module = empty_module(component, config)
-    module.load_state_dict(load_file(path), assign=True)
+    module.load_state_dict(load_file(path.with_suffix(ENGINE_SUFFIX["torch"])), assign=True)
     return module.requires_grad_(False).eval()
 
 

@@ -29,7 +29,7 @@ PROMPT_TOKENS = 1024
 
 
 def aoti_from_torch(module: Graph, component: str, path: Path, precision: str, device: str) -> None:
-    """Compiles a component.
+    """Compiles a component's code; its weights are inputs behind those of its contract.
 
     Args:
         module: in eval mode on the device, with its weights as they shall be kept.
@@ -40,14 +40,17 @@ def aoti_from_torch(module: Graph, component: str, path: Path, precision: str, d
     """
     import torch
 
-    contract = components(module.config)[component]
+    from .models.layers import OfWeights
+
+    contract, weights = components(module.config)[component], tuple(module.parameters())
     fixed_sizes: dict[Path, dict[str, int]] = {path: {}}
     if module.alone:
         fixed_sizes[alone_package(path)] = {module.alone: 1}
     for package, fixed in fixed_sizes.items():
         sample = contract.sample(seed=0, **{**export_sizes(contract), **fixed})
         inputs = tuple(torch.from_numpy(array).to(device) for array in sample.values())
-        compile_package(module, inputs, dynamic_shapes(contract, fixed), package, precision, device)
+        sizes = (*dynamic_shapes(contract, fixed), *(None for _ in weights))
+        compile_package(OfWeights(module), (*inputs, *weights), (sizes,), package, precision, device)
 
 
 def aoti_from_decoder(decoder: LanguageDecoder, path: Path, precision: str, device: str) -> None:

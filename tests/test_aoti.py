@@ -74,7 +74,7 @@ def test_one_object_and_several_go_through_packages_of_their_own(tiny, tmp_path,
     loaded = []
     monkeypatch.setattr(runners, "load_package", lambda path: lambda *tensors: (loaded.append(path), packages[path](*tensors))[1])
     packages = {own: load_package(own) for own in (path, alone_package(path))}
-    graph = AotiGraph(path, "memory_attention", TINY)
+    graph = AotiGraph(path, "memory_attention", attention)
     for objects in (1, 3):
         inputs = components(TINY)["memory_attention"].sample(objects, objects=objects)
         expected = TorchGraph(attention, "memory_attention").run(inputs)["conditioned_embeddings"]

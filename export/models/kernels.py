@@ -2,8 +2,8 @@
 
 Imported while something is exported for a GPU (`layers.by_kernels`): torch brings Triton along there, and nowhere else.
 
-A kernel named so (`export.capture.EARLY`) begins while the one before it still runs. It may fetch weights at once; before it reads what
-another kernel has written, and before it writes, it waits.
+A kernel named so (`export.capture.EARLY`) begins while the one before it still runs. It may fetch weights at once; what other kernels have
+written it reads where `_ready` says so, and it writes nothing else than what follows from that.
 """
 
 from __future__ import annotations
@@ -30,6 +30,30 @@ SLOT_BLOCK = 16
 def begins_early() -> bool:
     """Whether this machine lets a kernel begin before the one before it has ended: from Hopper on."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _begun(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """True, and the next kernel may begin.
+
+    An instruction that has no effects but its result, as that of `_ready`: where there are some, as of Triton's own, torch 2.11 takes all
+    that a kernel is given to be written to, weights too, and hands it copies.
+    """
+    return _answer_to("griddepcontrol.launch_dependents; mov.u32 $0, 1;", EARLY)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _ready(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """True, once the kernel before has ended: the mask of whatever is read of what it, or one before it, has written."""
+    return _answer_to("griddepcontrol.wait; mov.u32 $0, 1;", EARLY)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _answer_to(INSTRUCTION: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    answer = tl.full([], 1, tl.int32)
+    if EARLY:
+        answer = tl.inline_asm_elementwise(INSTRUCTION, "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+    return answer != 0
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -98,6 +122,19 @@ def takes_windows(grid: int, window: int) -> bool:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _gated(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """silu(gate) * up, each step rounded as by a layer of its own."""
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    return (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _normed(values, gamma, column, there, EPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """RMS norm of a token."""
+    return values * tl.rsqrt(tl.sum(values * values, 0) / WIDTH + EPS) * tl.load(gamma + column, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _dot_rows_early(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -114,30 +151,28 @@ def _dot_rows_early(  # type: ignore[no-untyped-def]
     EARLY: tl.constexpr,
 ):
     """ROWS values of the result, as fast as memory gives their rows of weights; these are on their way while the token is awaited."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    begun = _begun(EARLY)
     dtype: tl.constexpr = weight.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)
     there = column < WIDTH
     place = weight + row[:, None] * WIDTH + column[None, :]
-    weights = tl.load(place, mask=there[None, :], other=0.0, eviction_policy="evict_first")
+    wanted = tl.where(begun, there, False)[None, :]
+    weights = tl.load(place, mask=wanted, other=0.0, eviction_policy="evict_first")
     if GATED:
         half = tl.num_programs(0) * ROWS * WIDTH
-        weights_up = tl.load(place + half, mask=there[None, :], other=0.0, eviction_policy="evict_first")
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    values = tl.load(x + column, mask=there, other=0.0).to(tl.float32)
+        weights_up = tl.load(place + half, mask=wanted, other=0.0, eviction_policy="evict_first")
+    ready = _ready(EARLY)
+    values = tl.load(x + column, mask=tl.where(ready, there, False), other=0.0).to(tl.float32)
     if NORMED:
-        values *= tl.rsqrt(tl.sum(values * values, 0) / WIDTH + EPS) * tl.load(gamma + column, mask=there, other=0.0).to(tl.float32)
+        values = _normed(values, gamma, column, there, EPS, WIDTH)
     values = values.to(dtype).to(tl.float32)
-    result = tl.sum(weights.to(tl.float32) * values[None, :], 1).to(dtype)
+    result = tl.sum(weights.to(tl.float32) * values[None, :], 1)
     if GATED:
-        gate = result.to(tl.float32)
-        up = tl.sum(weights_up.to(tl.float32) * values[None, :], 1).to(dtype).to(tl.float32)
-        result = ((gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up).to(dtype)
+        result = _gated(result, tl.sum(weights_up.to(tl.float32) * values[None, :], 1), dtype)
+    result = result.to(dtype)
     if ADDED:
-        result = tl.load(residual + row) + result.to(tl.float32)
+        result = tl.load(residual + row, mask=tl.where(ready, row >= 0, False), other=0.0) + result.to(tl.float32)
     tl.store(out + row, result)
 
 
@@ -184,6 +219,17 @@ def row_product(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _norm_tokens_early(x, gamma, out, EPS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """RMS norm of a token."""
+    ready = _begun(EARLY) & _ready(EARLY)
+    column = tl.arange(0, PADDED)
+    there = column < WIDTH
+    place = tl.program_id(0) * WIDTH + column
+    values = tl.load(x + place, mask=tl.where(ready, there, False), other=0.0).to(tl.float32)
+    tl.store(out + place, _normed(values, gamma, column, there, EPS, WIDTH).to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _dot_tokens_early(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -199,13 +245,11 @@ def _dot_tokens_early(  # type: ignore[no-untyped-def]
     EARLY: tl.constexpr,
 ):
     """ROWS values of the result of every token, with several blocks of weights on their way."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    ready = _begun(EARLY) & _ready(EARLY)
     dtype: tl.constexpr = weight.dtype.element_ty
     row, rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.num_programs(0) * ROWS
     token, column = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK)
-    there = (token < count)[:, None]
+    there = tl.where(ready, token < count, False)[:, None]
     tokens = x + token[:, None] * WIDTH + column[None, :]
     weights = weight + row[:, None] * WIDTH + column[None, :]
     total = tl.zeros([TOKENS, ROWS], tl.float32)
@@ -215,10 +259,7 @@ def _dot_tokens_early(  # type: ignore[no-untyped-def]
         total = tl.dot(values, tl.trans(tl.load(weights + start)), total)
         if GATED:
             total_up = tl.dot(values, tl.trans(tl.load(weights + rows * WIDTH + start)), total_up)
-    result = total.to(dtype)
-    if GATED:
-        gate, up = result.to(tl.float32), total_up.to(dtype).to(tl.float32)
-        result = ((gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up).to(dtype)
+    result = _gated(total, total_up, dtype).to(dtype) if GATED else total.to(dtype)
     place = token[:, None] * rows + row[None, :]
     if ADDED:
         result = tl.load(residual + place, mask=there, other=0.0) + result.to(tl.float32)
@@ -226,24 +267,38 @@ def _dot_tokens_early(  # type: ignore[no-untyped-def]
 
 
 @torch.library.triton_op("sparrow::tokens_product", mutates_args={})
-def tokens_product(x: Tensor, weight: Tensor, gated: bool = False, residual: Tensor | None = None) -> Tensor:
-    """A linear layer of one token each of a few answers; of more than some dozen tokens, cuBLAS is faster.
+def tokens_product(
+    x: Tensor,
+    weight: Tensor,
+    gated: bool = False,
+    gamma: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`row_product` of one token each of a few answers; of more than some dozen tokens, cuBLAS is faster.
 
     Two warps: of a product with a side of 16, Triton 3.6 has made code for four that writes beside its memory (docs/performance.md).
 
     Args:
-        x: [N, 1, C] in the weights' precision.
+        x: [N, 1, C] float.
         weight: [D, C] float16 or bfloat16, D and C multiples of 16.
-        gated, residual: as of `row_product`; [N, 1, D] float32.
+        gated, gamma, eps: as of `row_product`.
+        residual: [N, 1, D] float32.
     Returns:
         as `row_product`, of every token
     """
     count, rows, width = x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0], weight.shape[1]
     together, block = (32, 128) if rows > 4096 else (16, 512)  # few rows leave processors idle unless they are shared out finely
     together = math.gcd(rows, together)
+    x, early = x.contiguous(), begins_early()
+    if gamma is not None:
+        normed = torch.empty(x.shape, dtype=weight.dtype, device=weight.device)
+        padded = triton.next_power_of_2(width)
+        torch.library.wrap_triton(_norm_tokens_early)[(count,)](x, gamma, normed, EPS=eps, WIDTH=width, PADDED=padded, EARLY=early)
+        x = normed
     out = torch.empty(count, 1, rows, dtype=weight.dtype if residual is None else residual.dtype, device=weight.device)
     torch.library.wrap_triton(_dot_tokens_early)[(rows // together, (count + TOKENS - 1) // TOKENS)](
-        x.contiguous(),
+        x.to(weight.dtype),
         weight,
         weight if residual is None else residual.contiguous(),
         out,
@@ -254,7 +309,7 @@ def tokens_product(x: Tensor, weight: Tensor, gated: bool = False, residual: Ten
         TOKENS=TOKENS,
         GATED=gated,
         ADDED=residual is not None,
-        EARLY=begins_early(),
+        EARLY=early,
         num_warps=2,
     )
     return out
@@ -280,21 +335,21 @@ def _attend_ring_early(  # type: ignore[no-untyped-def]
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    DOT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """A query of one head over every n-th block of its slots, of n programs: what they mix, and how much weight they have.
 
-    The one that reads the new token's slot writes it first. Caches are counted in rows of HEAD channels: whatever the number of slots,
-    it is plain that rows are aligned, without which loads take one channel each.
+    Lanes count on their own: those of slots that have the same place in their blocks, or with DOT, on tensor cores, the query's and 15 that
+    are there for these alone. The program that reads the new token's slot writes it first. Caches are counted in rows of HEAD channels:
+    whatever the number of slots, it is plain that rows are aligned, without which loads take one channel each.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    ready = _begun(EARLY) & _ready(EARLY)
     pair, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     sequence, head = pair // HEADS, pair % HEADS
     first = sequence.to(tl.int64) * rows_apart + head * size
     channel = tl.arange(0, PADDED)
-    there = channel < HEAD
+    there = tl.where(ready, channel < HEAD, False)
     low = channel < HEAD // 2
     other = tl.where(low, channel + HEAD // 2, channel - HEAD // 2)
     angle = sequence * (HEAD // 2) + tl.minimum(channel, other)
@@ -305,8 +360,8 @@ def _attend_ring_early(  # type: ignore[no-untyped-def]
     new = qkv + (sequence * 3 * HEADS + head) * HEAD
     own = tl.load(new + channel, mask=there, other=0.0).to(tl.float32)
     query = own * c + tl.load(new + other, mask=there, other=0.0).to(tl.float32) * s
-    query = query.to(dtype).to(tl.float32) * SCALE
-    now = tl.load(slots + sequence)
+    query = query.to(dtype).to(tl.float32)
+    now = tl.load(slots + sequence, mask=ready, other=0)
     if now // BLOCK % parts == part:
         new += HEADS * HEAD
         own = tl.load(new + channel, mask=there, other=0.0).to(tl.float32)
@@ -315,23 +370,36 @@ def _attend_ring_early(  # type: ignore[no-untyped-def]
         tl.store(keys + (first + now) * HEAD + channel, key.to(dtype), mask=there)
         tl.store(values + (first + now) * HEAD + channel, value.to(dtype), mask=there)
         tl.debug_barrier()  # other threads of this program read it
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    mix = tl.zeros([BLOCK, PADDED], tl.float32)
+    LANES: tl.constexpr = 16 if DOT else BLOCK
+    lane = tl.arange(0, LANES)
+    queries = tl.where(lane[:, None] == 0, query[None, :], 0.0).to(dtype)
+    largest = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    mix = tl.zeros([LANES, PADDED], tl.float32)
     for start in tl.range(part * BLOCK, size, parts * BLOCK, num_stages=STAGES):
         slot = start + tl.arange(0, BLOCK)
         place = (first + slot)[:, None] * HEAD + channel[None, :]
         wanted = (slot < size)[:, None] & there[None, :]
         k = tl.load(keys + place, mask=wanted, other=0.0)
         v = tl.load(values + place, mask=wanted, other=0.0)
-        seen = tl.load(visible + sequence * size + slot, mask=slot < size, other=0) != 0
-        score = tl.where(seen, tl.sum(k.to(tl.float32) * query[None, :], 1), float("-inf"))
-        larger = tl.maximum(largest, score)
-        bound = tl.where(larger == float("-inf"), 0.0, larger)
-        decay, weight = tl.exp2(largest - bound), tl.exp2(score - bound)
-        total = total * decay + weight
-        mix = mix * decay[:, None] + weight[:, None] * v.to(tl.float32)
+        seen = tl.load(visible + sequence * size + slot, mask=tl.where(ready, slot < size, False), other=0) != 0
+        if DOT:
+            score = tl.where(seen[None, :], tl.dot(queries, tl.trans(k)) * SCALE, float("-inf"))
+            larger = tl.maximum(largest, tl.max(score, 1))
+            bound = tl.where(larger == float("-inf"), 0.0, larger)
+            decay, weight = tl.exp2(largest - bound), tl.exp2(score - bound[:, None])
+            total = total * decay + tl.sum(weight, 1)
+            mix = tl.dot(weight.to(dtype), v, mix * decay[:, None])
+        else:
+            score = tl.where(seen, tl.sum(k.to(tl.float32) * (query * SCALE)[None, :], 1), float("-inf"))
+            larger = tl.maximum(largest, score)
+            bound = tl.where(larger == float("-inf"), 0.0, larger)
+            decay, weight = tl.exp2(largest - bound), tl.exp2(score - bound)
+            total = total * decay + weight
+            mix = mix * decay[:, None] + weight[:, None] * v.to(tl.float32)
         largest = larger
+    if DOT:
+        largest = tl.where(lane == 0, largest, float("-inf"))
     peak = tl.max(largest, 0)
     bound = tl.where(peak == float("-inf"), 0.0, peak)
     decay = tl.exp2(largest - bound)
@@ -345,15 +413,13 @@ def _join_parts_early(  # type: ignore[no-untyped-def]
     mixed, most, totals, out, parts, HEAD: tl.constexpr, PADDED: tl.constexpr, MOST_PARTS: tl.constexpr, EARLY: tl.constexpr
 ):
     """What the programs of one head have mixed, put together by their weights."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    ready = _begun(EARLY) & _ready(EARLY)
     pair, part, channel = tl.program_id(0), tl.arange(0, MOST_PARTS), tl.arange(0, PADDED)
-    place, there = pair * parts + part, channel < HEAD
-    peaks = tl.load(most + place, mask=part < parts, other=float("-inf"))
+    place, there, wanted = pair * parts + part, channel < HEAD, tl.where(ready, part < parts, False)
+    peaks = tl.load(most + place, mask=wanted, other=float("-inf"))
     weight = tl.exp2(peaks - tl.max(peaks, 0))
-    total = tl.sum(tl.load(totals + place, mask=part < parts, other=0.0) * weight, 0)
-    mix = tl.load(mixed + place[:, None] * HEAD + channel[None, :], mask=(part < parts)[:, None] & there[None, :], other=0.0)
+    total = tl.sum(tl.load(totals + place, mask=wanted, other=0.0) * weight, 0)
+    mix = tl.load(mixed + place[:, None] * HEAD + channel[None, :], mask=wanted[:, None] & there[None, :], other=0.0)
     result = tl.sum(mix * weight[:, None], 0) / total
     tl.store(out + pair * HEAD + channel, result.to(out.dtype.element_ty), mask=there)
 
@@ -398,6 +464,7 @@ def ring_attention_(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: 
         PADDED=padded,
         BLOCK=SLOT_BLOCK,
         STAGES=1 if alone else 3,
+        DOT=not alone,
         EARLY=begins_early(),
         num_warps=1 if alone else 2,
     )

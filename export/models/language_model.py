@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ensemble.components import SLOTS
 from ensemble.config import LanguageConfig, ModelConfig
 
-from .layers import Call, Graph, by_kernels, on_tensor_cores, several
+from .layers import Call, Graph, OfWeights, by_kernels, on_tensor_cores, several
 
 Write = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(cache of one layer [N, heads, slots, C / heads], slots [N, S], new tokens [N, heads, S, C / heads]) to the cache with the tokens."""
@@ -274,28 +274,8 @@ class Layer(nn.Module):
         return self.mlp(x, self.post_attention_layernorm), keys, values
 
 
-class LayerOfWeights(nn.Module):
-    """A layer for compilation: its weights are inputs, so that one engine serves all layers.
-
-    Args:
-        layer: whose parameters' names and order the weights have.
-    """
-
-    def __init__(self, layer: Layer) -> None:
-        super().__init__()
-        self.names = [name for name, _ in layer.named_parameters()]
-        self.layer = [layer]  # not a submodule: its weights are no part of this
-
-    def through(self, weights: Sequence[Tensor], x: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`Layer` with other weights."""
-        result: tuple[Tensor, Tensor, Tensor] = torch.func.functional_call(
-            self.layer[0], dict(zip(self.names, weights, strict=True)), (x, step, caches)
-        )
-        return result
-
-
-class DecodeLayer(LayerOfWeights):
-    """Of a decode step; caches are written in place."""
+class DecodeLayer(OfWeights):
+    """A `Layer` of a decode step; caches are written in place."""
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, visible: Tensor, keys: Tensor, values: Tensor, *weights: Tensor
@@ -306,11 +286,11 @@ class DecodeLayer(LayerOfWeights):
         return x
 
 
-class PromptLayer(LayerOfWeights):
-    """Of a prompt.
+class PromptLayer(OfWeights):
+    """A `Layer` of a prompt.
 
     Args:
-        layer: as of `LayerOfWeights`.
+        layer: as of `OfWeights`.
         window: sliding window, in tokens; None: without.
     """
 
@@ -321,7 +301,8 @@ class PromptLayer(LayerOfWeights):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[1, S, C] through the layer, and its keys and values [1, heads, S, C / heads]; cos and sin as in `Step`."""
         positions = torch.arange(x.shape[1], device=x.device)[None]
-        return self.through(weights, x, Step(cos, sin, over_prompt(positions, self.window)), None)
+        result: tuple[Tensor, Tensor, Tensor] = self.through(weights, x, Step(cos, sin, over_prompt(positions, self.window)), None)
+        return result
 
 
 class Attention(nn.Module):
@@ -352,8 +333,7 @@ class Mlp(nn.Module):
 
 
 def product(linear: nn.Linear, x: Tensor, gated: bool = False, norm: nn.RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
-    """A linear layer without bias and what is around it; of a step's tokens, in half precision on a GPU, all by one kernel, with the norm
-    if it is one token.
+    """A linear layer without bias and what is around it; of a step's tokens, in half precision on a GPU, by kernels of our own.
 
     Args:
         linear: the layer.
@@ -365,11 +345,9 @@ def product(linear: nn.Linear, x: Tensor, gated: bool = False, norm: nn.RMSNorm 
     if is_known(x.shape[1], 1) and by_kernels(linear.weight):
         from . import kernels
 
-        if is_known(x.shape[0], 1):
-            gamma, eps = (norm.weight, norm.eps) if norm else (None, 0.0)
-            return kernels.row_product(x, linear.weight, gated, gamma, eps, residual)  # type: ignore[no-any-return]
-        x = (norm(x) if norm else x).to(linear.weight.dtype)
-        return kernels.tokens_product(x, linear.weight, gated, residual)  # type: ignore[no-any-return]
+        by_kernel = kernels.row_product if is_known(x.shape[0], 1) else kernels.tokens_product
+        gamma, eps = (norm.weight, norm.eps) if norm else (None, 0.0)
+        return by_kernel(x, linear.weight, gated, gamma, eps, residual)  # type: ignore[no-any-return]
     y: Tensor = linear(norm(x) if norm else x)
     if gated:
         gate, up = y.chunk(2, dim=-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,28 @@ class Graph(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+
+
+class OfWeights(nn.Module):
+    """A module for compilation: its weights are the last of its inputs, so that engines can share them.
+
+    Args:
+        module: whose parameters' names and order the weights have.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.names = [name for name, _ in module.named_parameters()]
+        self.module = [module]  # not a submodule: its weights are no part of this
+
+    def through(self, weights: Sequence[Tensor], *inputs: Any) -> Any:
+        """The module with other weights."""
+        return torch.func.functional_call(self.module[0], dict(zip(self.names, weights, strict=True)), inputs)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """Inputs of the module, then weights."""
+        count = len(tensors) - len(self.names)
+        return self.through(tensors[count:], *tensors[:count])
 
 
 def several(results: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
