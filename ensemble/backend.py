@@ -203,12 +203,16 @@ class StreamModel(Model):
         super().initialize(args)
         names = [part.name for part in parts(components(self.config), self.name)]
         graphs = self.open_graphs(self.settings, self.folder, names, self.config)
-        runner = BlsRunner(self.config, graphs, self.open_device(self.settings))
+        self._device = self.open_device(self.settings)
+        runner = BlsRunner(self.config, graphs, self._device)
         self._pipeline = Pipeline(self.config, Tokenizer(self.folder), runner, self.open_preprocessor(self.settings, self.config))
         self._pool = ThreadPoolExecutor(settings.MAX_REQUESTS, thread_name_prefix=self.name)
+        self._under_way, self._lock = 0, Lock()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
+            with self._lock:
+                self._under_way += 1
             self._pool.submit(self._answer, read_inputs(request), json.loads(request.parameters()), request.get_response_sender())
 
     def finalize(self) -> None:
@@ -230,6 +234,10 @@ class StreamModel(Model):
             sender.send(to_error(failure, f"[StatusCode.{failure.grpc_status}] {to_wire(failure)}"), flags=final)
         finally:
             responses.close()
+            with self._lock:
+                self._under_way -= 1
+                if not self._under_way:
+                    self._device.trim()
 
 
 class BlsRunner:

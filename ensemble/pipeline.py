@@ -157,10 +157,10 @@ class Pipeline:
                 clip = read_clip(inputs, options)
             pool = ThreadPoolExecutor(settings.FRAMES_AHEAD, thread_name_prefix="sparrow")
             try:
-                # Frames and proposals do not depend on the text: they are computed while the language model runs.
+                # Proposals and frames do not depend on the text: they are computed while the language model runs.
                 proposals = pool.submit(self._proposals, clip, options, timings) if options.detection_guidance else None
                 encoded = EncodedFrames(self, clip, pool, timings)
-                answer = yield from self._generate(ids, inputs, clip, options, timings)
+                answer = yield from self._generate(ids, inputs, clip, encoded, options, timings)
                 if options.proposal_debug:
                     yield debug_response(
                         preprocess.grounding_frame(clip.frames[0], self.config), proposals.result() if proposals else NO_PROPOSALS
@@ -171,7 +171,9 @@ class Pipeline:
                 pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for what nobody will read
         yield {"summary": np.array([json.dumps(self._summary(ids, clip, answer, options, timings)).encode()], object)}
 
-    def _generate(self, ids: Array, inputs: Arrays, clip: Clip, options: Options, timings: Timings) -> Generator[Arrays, None, Answer]:
+    def _generate(
+        self, ids: Array, inputs: Arrays, clip: Clip, encoded: EncodedFrames, options: Options, timings: Timings
+    ) -> Generator[Arrays, None, Answer]:
         """Yields text; returns the answer."""
         answer = Answer(self.tokenizer, self.config.language)
         with timings.stage("vision"):
@@ -185,6 +187,8 @@ class Pipeline:
             for step in range(options.max_new_tokens):
                 with timings.stage("decode" if step else "prefill"):
                     output = session.step({"num_tokens": np.ones(1, np.int32), **(request if step == 0 else {})})
+                if step == 0:
+                    encoded.go_ahead()
                 finished = bool(output["finished"][0])
                 piece = answer.accept(output["token_ids"], output["prompt_embeddings"], finished or step + 1 == options.max_new_tokens)
                 if piece:
@@ -371,7 +375,8 @@ class Pipeline:
 class EncodedFrames:
     """Features of a clip's frames, a few frames ahead of whoever reads them; each frame is encoded once.
 
-    A GPU begins while the language model runs, whether or not the answer will want them; a CPU has no time for what may be in vain.
+    Frame 0 is encoded at once. A GPU goes on when the prompt has been read, for which it has no processors to spare, and while an answer is
+    decoded, whether or not that will want masks; a CPU has no time for what may be in vain.
 
     Args:
         pipeline: encodes.
@@ -382,8 +387,13 @@ class EncodedFrames:
     def __init__(self, pipeline: Pipeline, clip: Clip, pool: ThreadPoolExecutor, timings: Timings) -> None:
         self._pipeline, self._clip, self._pool, self._timings = pipeline, clip, pool, timings
         self._futures: dict[int, Future[Arrays]] = {}
-        self._ahead, first = (settings.FRAMES_AHEAD, settings.FRAMES_AHEAD) if pipeline.runner.on_gpu else (settings.ENCODER_BATCH, 1)
-        self._submit(range(first))
+        self._ahead = settings.FRAMES_AHEAD if pipeline.runner.on_gpu else settings.ENCODER_BATCH
+        self._submit(range(1))
+
+    def go_ahead(self) -> None:
+        """Called when the prompt has been read."""
+        if self._pipeline.runner.on_gpu:
+            self._submit(range(self._ahead))
 
     def __getitem__(self, index: int) -> Arrays:
         """Features of one frame, [1, ...]."""

@@ -150,6 +150,9 @@ class Device(Protocol):
     def wait(self) -> None:
         """Returns when all that was computed is there, for another process to read."""
 
+    def trim(self) -> None:
+        """Gives back memory that nothing holds, where that is much."""
+
     def where(self, condition: DeviceArray, array: DeviceArray, value: float) -> DeviceArray:
         """An array where a condition, which is broadcast, holds; a value elsewhere."""
 
@@ -197,6 +200,9 @@ class Host:
         return {name: tensor.as_numpy() for name, tensor in tensors.items()}
 
     def wait(self) -> None:
+        pass
+
+    def trim(self) -> None:
         pass
 
     def where(self, condition: Array, array: Array, value: float) -> Array:

@@ -184,6 +184,10 @@ class TorchDevice:
     def wait(self) -> None:
         self.mark()()
 
+    def trim(self) -> None:
+        if self.on_gpu:
+            Captured.trim()
+
     def mark(self) -> Callable[[], None]:
         """What waits for all that has been launched so far, and for nothing that is launched later."""
         import torch
@@ -519,8 +523,7 @@ class TorchDecoder(DecoderEnds):
         with self._place.inference():
             whole = torch.cat([self._place.device.put(piece) for piece in embeddings])[None]
             tensors = self._behind(*self._decoder.prefill_(whole, self._keys[:, rows], self._values[:, rows], self._layers.prompt))
-        if self._place.device.on_gpu:
-            Captured.trim()
+        self._place.device.trim()
         self._lengths[slot] = length
         outlook = self._outlook(tensors[3], self._fetch(tensors)(), [0])
         self._expected, self._ahead = ([slot], outlook.likeliest.tolist()), None

@@ -40,7 +40,7 @@ def aoti_from_torch(module: Graph, component: str, path: Path, precision: str, d
     """
     import torch
 
-    from .models.layers import OfWeights
+    from .models.layers import GraphOfWeights
 
     contract, weights = components(module.config)[component], tuple(module.parameters())
     fixed_sizes: dict[Path, dict[str, int]] = {path: {}}
@@ -50,7 +50,7 @@ def aoti_from_torch(module: Graph, component: str, path: Path, precision: str, d
         sample = contract.sample(seed=0, **{**export_sizes(contract), **fixed})
         inputs = tuple(torch.from_numpy(array).to(device) for array in sample.values())
         sizes = (*dynamic_shapes(contract, fixed), *(None for _ in weights))
-        compile_package(OfWeights(module), (*inputs, *weights), (sizes,), package, precision, device)
+        compile_package(GraphOfWeights(module), (*inputs, *weights), (sizes,), package, precision, device)
 
 
 def aoti_from_decoder(decoder: LanguageDecoder, path: Path, precision: str, device: str) -> None:

@@ -115,8 +115,15 @@ def test_frame_that_is_not_encoded_is_not_waited_for(pipeline, monkeypatch):
     assert len(responses) == sum(tracked) == NUM_FRAMES
 
 
-def test_gpu_encodes_the_clip_while_the_language_model_runs(pipeline, monkeypatch):
-    responses, tracked = answer(pipeline, monkeypatch, before_token=lambda watched: wait_until(lambda: watched.encoded == NUM_FRAMES))
+def test_gpu_encodes_the_clip_while_an_answer_is_decoded(pipeline, monkeypatch):
+    encoded = []
+
+    def count(watched):
+        encoded.append(watched.encoded)
+        wait_until(lambda: watched.encoded == (1 if len(encoded) == 1 else NUM_FRAMES))
+
+    responses, tracked = answer(pipeline, monkeypatch, before_token=count)
+    assert max(encoded[:2]) <= 1  # by when the prompt has been read
     assert tracked == [1, 4, 3]
     assert len(responses) == NUM_FRAMES
 

@@ -57,8 +57,12 @@ class OfWeights(nn.Module):
         """The module with other weights."""
         return torch.func.functional_call(self.module[0], dict(zip(self.names, weights, strict=True)), inputs)
 
+
+class GraphOfWeights(OfWeights):
+    """A whole graph."""
+
     def forward(self, *tensors: Tensor) -> Any:
-        """Inputs of the module, then weights."""
+        """Inputs of the graph, then weights."""
         count = len(tensors) - len(self.names)
         return self.through(tensors[count:], *tensors[:count])
 
