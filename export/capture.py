@@ -37,8 +37,8 @@ class Capture:
 class Captured:
     """A function of tensors on the GPU, captured the second time that its inputs have the same shapes: the first call has readied kernels.
 
-    The graphs of a process share one pool of memory, and those of a call share the place of their inputs. So results are copied out before
-    anything else is replayed: calls of all threads take turns in what they launch, not in waiting for it.
+    The graphs of a process share one pool of memory, and those of a call share the places of their inputs and results. So results are
+    copied out before anything else is replayed: calls of all threads take turns in what they launch, not in waiting for it.
 
     Args:
         call: takes tensors and returns one or several; asks the device for nothing while it runs.
@@ -51,9 +51,9 @@ class Captured:
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._known: dict[Shapes, Capture | None] = {}
-        """The shape that was called longest ago comes first."""
-        self._places: dict[int, Tensor] = {}
+        self._known: dict[Shapes, Capture | Sequence[Tensor]] = {}
+        """What was captured, or before that where its results are to go. The shape that was called longest ago comes first."""
+        self._places: dict[str, Tensor] = {}
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         import torch
@@ -62,16 +62,17 @@ class Captured:
 
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
         with self._turn, torch.inference_mode():
-            first = shapes not in self._known
-            self._known[shapes] = capture = self._known.pop(shapes, None)
-            if len(self._known) > MAX_SHAPES:
-                del self._known[next(iter(self._known))]
-            if first:
+            capture = self._known.pop(shapes, None)
+            if capture is None:
                 results = several(self._call(*inputs))
+                self._known[shapes] = [self._place(f"result {index}", tensor) for index, tensor in enumerate(results)]
+                if len(self._known) > MAX_SHAPES:
+                    del self._known[next(iter(self._known))]
                 self.trim()
                 return results
-            if capture is None:
-                capture = self._known[shapes] = self._capture(inputs)
+            if not isinstance(capture, Capture):
+                capture = self._capture(inputs, capture)
+            self._known[shapes] = capture
             for place, tensor in zip(capture.inputs, inputs, strict=True):
                 place.copy_(tensor)
             capture.graph.replay()
@@ -85,7 +86,7 @@ class Captured:
         if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - cls.pool_bytes > IDLE_CACHE_BYTES:
             torch.cuda.empty_cache()
 
-    def _capture(self, inputs: Sequence[Tensor]) -> Capture:
+    def _capture(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> Capture:
         import torch
 
         from .models.layers import several
@@ -94,25 +95,26 @@ class Captured:
             Captured._pool = torch.cuda.CUDAGraph()
             with torch.cuda.graph(Captured._pool):  # lives as long as the process: a pool ends with its last graph
                 torch.zeros(1, device="cuda")
-        places = [self._place(index, tensor) for index, tensor in enumerate(inputs)]  # filled by whoever replays: nothing runs here
+        places = [self._place(f"input {index}", tensor) for index, tensor in enumerate(inputs)]  # filled by whoever replays
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # as capturing does: what is idle behind it is the pool's
         idle, graph = torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph, pool=Captured._pool.pool(), capture_error_mode="thread_local"):
-            results = several(self._call(*places))
+            for result, tensor in zip(results, several(self._call(*places)), strict=True):
+                result.copy_(tensor)
         begin_early(graph.raw_cuda_graph())
         graph.instantiate()
         Captured.pool_bytes += torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - idle
         return Capture(graph, places, results)
 
-    def _place(self, index: int, tensor: Tensor) -> Tensor:
-        """Where input `index` is read from: one piece of memory for all shapes, of twice the size whenever it gets too small."""
+    def _place(self, name: str, tensor: Tensor) -> Tensor:
+        """Where an input is read from, or a result left: one piece of memory for all shapes, of twice the size when it gets too small."""
         import torch
 
-        size = tensor.numel() * tensor.itemsize
-        if index not in self._places or self._places[index].numel() < size:
-            self._places[index] = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=tensor.device)
-        return self._places[index][:size].view(tensor.dtype).view(tensor.shape)
+        size, had = tensor.numel() * tensor.itemsize, self._places[name].numel() if name in self._places else 0
+        if had < size:
+            self._places[name] = torch.empty(max(size, 2 * had), dtype=torch.uint8, device=tensor.device)
+        return self._places[name][:size].view(tensor.dtype).view(tensor.shape)
 
 
 def begin_early(graph: int) -> None:

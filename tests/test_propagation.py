@@ -188,13 +188,13 @@ def test_frame_of_objects_that_go_on_is_one_launch_two_small_copies_and_one_wait
     tracker, reference = Tracker(TINY, graphs, gpu), Tracker(TINY, graphs, TorchDevice())
     launches = tracker.propagation._captured.launches
     for frame_idx in range(20):
-        requests = [request(1, frame_idx, 2)] + ([request(2, frame_idx - 2, 1)] if frame_idx >= 2 else [])
+        requests = [request(1, frame_idx, 4)] + ([request(2, frame_idx - 2, 1)] if frame_idx >= 2 else [])
         launches.clear()
         gpu.sent.clear()
         gpu.waits = 0
         for one, other in zip(tracker.step(requests), reference.step(requests), strict=True):
             np.testing.assert_allclose(one["mask_logits"], other["mask_logits"], rtol=0, atol=1e-4)  # float32 summation order
-        ages = [(count, min(age, 16)) for count, age in ((2, frame_idx), (1, frame_idx - 2)) if age > 0]
+        ages = [(count, min(age, 16)) for count, age in ((4, frame_idx), (1, frame_idx - 2)) if age > 0]
         assert len(launches) == len(ages)
         if frame_idx > 3:  # nobody starts, and what is the same on every frame is there
             assert gpu.sent == [("int64", (count, slots)) for count, age in ages for slots in (min(age, 7), age)]
@@ -203,10 +203,10 @@ def test_frame_of_objects_that_go_on_is_one_launch_two_small_copies_and_one_wait
 
 def test_frames_of_a_request_are_all_launched_before_the_host_waits_for_the_first(graphs, gpu, monkeypatch):
     tracker = Tracker(TINY, graphs, gpu)
-    tracker.step([request(1, 0, 2), request(2, 0, 1)])
+    tracker.step([request(1, 0, 4), request(2, 0, 1)])
     launches, events = tracker.propagation._captured.launches, []
     monkeypatch.setattr(gpu, "mark", lambda: partial(lambda launched: events.append((launched, len(launches))), len(launches)))
-    results = tracker.step([request(1, 1, 2, num_frames=4), request(2, 1, 1, num_frames=2)])
+    results = tracker.step([request(1, 1, 4, num_frames=4), request(2, 1, 1, num_frames=2)])
     assert [result["frame_idx"].tolist() for result in results] == [[1, 2, 3, 4], [1, 2]]
     assert events == [(launched, 6) for launched in (1, 2, 3, 4, 5, 6)]  # rounds of two calls each, then of one; each waits for its own
 
@@ -218,7 +218,7 @@ def test_no_frame_waits_for_a_capture_after_warming_up(graphs, gpu, monkeypatch)
     captured = tracker.propagation._captured
     assert sorted(captured.launches) == sorted([0, 1] * len(captured.known))
     captured.launches.clear()
-    for session_id, num_objects in ((1, 1), (2, 2), (4, 4)):
+    for session_id, num_objects in ((1, 1), (2, 2), (3, 3), (4, 4)):
         for frame_idx in range(18):
             tracker.step([request(session_id, frame_idx, num_objects)])
             if num_objects == 1 or frame_idx > 15:

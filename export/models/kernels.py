@@ -27,9 +27,9 @@ SLOT_BLOCK = 16
 """Slots that a program of `ring_attention_` reads at once."""
 
 
-def begins_early() -> bool:
-    """Whether this machine lets a kernel begin before the one before it has ended: from Hopper on."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+def begins_early(tensor: Tensor) -> bool:
+    """Whether what has this tensor lets a kernel begin before the one before it has ended: GPUs do from Hopper on."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -129,12 +129,6 @@ def _gated(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _normed(values, gamma, column, there, EPS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """RMS norm of a token."""
-    return values * tl.rsqrt(tl.sum(values * values, 0) / WIDTH + EPS) * tl.load(gamma + column, mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _dot_rows_early(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -165,7 +159,7 @@ def _dot_rows_early(  # type: ignore[no-untyped-def]
     ready = _ready(EARLY)
     values = tl.load(x + column, mask=tl.where(ready, there, False), other=0.0).to(tl.float32)
     if NORMED:
-        values = _normed(values, gamma, column, there, EPS, WIDTH)
+        values *= tl.rsqrt(tl.sum(values * values, 0) / WIDTH + EPS) * tl.load(gamma + column, mask=there, other=0.0).to(tl.float32)
     values = values.to(dtype).to(tl.float32)
     result = tl.sum(weights.to(tl.float32) * values[None, :], 1)
     if GATED:
@@ -213,24 +207,13 @@ def row_product(
         GATED=gated,
         NORMED=gamma is not None,
         ADDED=residual is not None,
-        EARLY=begins_early(),
+        EARLY=begins_early(weight),
     )
     return out
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _norm_tokens_early(x, gamma, out, EPS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """RMS norm of a token."""
-    ready = _begun(EARLY) & _ready(EARLY)
-    column = tl.arange(0, PADDED)
-    there = column < WIDTH
-    place = tl.program_id(0) * WIDTH + column
-    values = tl.load(x + place, mask=tl.where(ready, there, False), other=0.0).to(tl.float32)
-    tl.store(out + place, _normed(values, gamma, column, there, EPS, WIDTH).to(out.dtype.element_ty), mask=there)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _dot_tokens_early(  # type: ignore[no-untyped-def]
+def _dot_tokens(  # type: ignore[no-untyped-def]
     x,
     weight,
     residual,
@@ -242,14 +225,12 @@ def _dot_tokens_early(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
     GATED: tl.constexpr,
     ADDED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """ROWS values of the result of every token, with several blocks of weights on their way."""
-    ready = _begun(EARLY) & _ready(EARLY)
     dtype: tl.constexpr = weight.dtype.element_ty
     row, rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.num_programs(0) * ROWS
     token, column = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK)
-    there = tl.where(ready, token < count, False)[:, None]
+    there = (token < count)[:, None]
     tokens = x + token[:, None] * WIDTH + column[None, :]
     weights = weight + row[:, None] * WIDTH + column[None, :]
     total = tl.zeros([TOKENS, ROWS], tl.float32)
@@ -267,38 +248,25 @@ def _dot_tokens_early(  # type: ignore[no-untyped-def]
 
 
 @torch.library.triton_op("sparrow::tokens_product", mutates_args={})
-def tokens_product(
-    x: Tensor,
-    weight: Tensor,
-    gated: bool = False,
-    gamma: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """`row_product` of one token each of a few answers; of more than some dozen tokens, cuBLAS is faster.
+def tokens_product(x: Tensor, weight: Tensor, gated: bool = False, residual: Tensor | None = None) -> Tensor:
+    """A linear layer of one token each of a few answers; of more than some dozen tokens, cuBLAS is faster.
 
-    Two warps: of a product with a side of 16, Triton 3.6 has made code for four that writes beside its memory (docs/performance.md).
+    Two warps: of a product with a side of 16, Triton 3.6 has made code for four that writes beside its memory. It does not begin early: its
+    few programs, which fill a processor, would go where one is idle first, and leave others idle (docs/performance.md).
 
     Args:
-        x: [N, 1, C] float.
+        x: [N, 1, C] in the weights' precision.
         weight: [D, C] float16 or bfloat16, D and C multiples of 16.
-        gated, gamma, eps: as of `row_product`.
-        residual: [N, 1, D] float32.
+        gated, residual: as of `row_product`; [N, 1, D] float32.
     Returns:
         as `row_product`, of every token
     """
     count, rows, width = x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0], weight.shape[1]
     together, block = (32, 128) if rows > 4096 else (16, 512)  # few rows leave processors idle unless they are shared out finely
     together = math.gcd(rows, together)
-    x, early = x.contiguous(), begins_early()
-    if gamma is not None:
-        normed = torch.empty(x.shape, dtype=weight.dtype, device=weight.device)
-        padded = triton.next_power_of_2(width)
-        torch.library.wrap_triton(_norm_tokens_early)[(count,)](x, gamma, normed, EPS=eps, WIDTH=width, PADDED=padded, EARLY=early)
-        x = normed
     out = torch.empty(count, 1, rows, dtype=weight.dtype if residual is None else residual.dtype, device=weight.device)
-    torch.library.wrap_triton(_dot_tokens_early)[(rows // together, (count + TOKENS - 1) // TOKENS)](
-        x.to(weight.dtype),
+    torch.library.wrap_triton(_dot_tokens)[(rows // together, (count + TOKENS - 1) // TOKENS)](
+        x.contiguous(),
         weight,
         weight if residual is None else residual.contiguous(),
         out,
@@ -309,7 +277,6 @@ def tokens_product(
         TOKENS=TOKENS,
         GATED=gated,
         ADDED=residual is not None,
-        EARLY=early,
         num_warps=2,
     )
     return out
@@ -335,13 +302,11 @@ def _attend_ring_early(  # type: ignore[no-untyped-def]
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    DOT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """A query of one head over every n-th block of its slots, of n programs: what they mix, and how much weight they have.
 
-    Lanes count on their own: those of slots that have the same place in their blocks, or with DOT, on tensor cores, the query's and 15 that
-    are there for these alone. The program that reads the new token's slot writes it first. Caches are counted in rows of HEAD channels:
+    The program that reads the new token's slot writes it first. Caches are counted in rows of HEAD channels:
     whatever the number of slots, it is plain that rows are aligned, without which loads take one channel each.
     """
     ready = _begun(EARLY) & _ready(EARLY)
@@ -360,7 +325,7 @@ def _attend_ring_early(  # type: ignore[no-untyped-def]
     new = qkv + (sequence * 3 * HEADS + head) * HEAD
     own = tl.load(new + channel, mask=there, other=0.0).to(tl.float32)
     query = own * c + tl.load(new + other, mask=there, other=0.0).to(tl.float32) * s
-    query = query.to(dtype).to(tl.float32)
+    query = query.to(dtype).to(tl.float32) * SCALE
     now = tl.load(slots + sequence, mask=ready, other=0)
     if now // BLOCK % parts == part:
         new += HEADS * HEAD
@@ -370,12 +335,9 @@ def _attend_ring_early(  # type: ignore[no-untyped-def]
         tl.store(keys + (first + now) * HEAD + channel, key.to(dtype), mask=there)
         tl.store(values + (first + now) * HEAD + channel, value.to(dtype), mask=there)
         tl.debug_barrier()  # other threads of this program read it
-    LANES: tl.constexpr = 16 if DOT else BLOCK
-    lane = tl.arange(0, LANES)
-    queries = tl.where(lane[:, None] == 0, query[None, :], 0.0).to(dtype)
-    largest = tl.full([LANES], float("-inf"), tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    mix = tl.zeros([LANES, PADDED], tl.float32)
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    mix = tl.zeros([BLOCK, PADDED], tl.float32)
     for start in tl.range(part * BLOCK, size, parts * BLOCK, num_stages=STAGES):
         slot = start + tl.arange(0, BLOCK)
         place = (first + slot)[:, None] * HEAD + channel[None, :]
@@ -383,23 +345,13 @@ def _attend_ring_early(  # type: ignore[no-untyped-def]
         k = tl.load(keys + place, mask=wanted, other=0.0)
         v = tl.load(values + place, mask=wanted, other=0.0)
         seen = tl.load(visible + sequence * size + slot, mask=tl.where(ready, slot < size, False), other=0) != 0
-        if DOT:
-            score = tl.where(seen[None, :], tl.dot(queries, tl.trans(k)) * SCALE, float("-inf"))
-            larger = tl.maximum(largest, tl.max(score, 1))
-            bound = tl.where(larger == float("-inf"), 0.0, larger)
-            decay, weight = tl.exp2(largest - bound), tl.exp2(score - bound[:, None])
-            total = total * decay + tl.sum(weight, 1)
-            mix = tl.dot(weight.to(dtype), v, mix * decay[:, None])
-        else:
-            score = tl.where(seen, tl.sum(k.to(tl.float32) * (query * SCALE)[None, :], 1), float("-inf"))
-            larger = tl.maximum(largest, score)
-            bound = tl.where(larger == float("-inf"), 0.0, larger)
-            decay, weight = tl.exp2(largest - bound), tl.exp2(score - bound)
-            total = total * decay + weight
-            mix = mix * decay[:, None] + weight[:, None] * v.to(tl.float32)
+        score = tl.where(seen, tl.sum(k.to(tl.float32) * query[None, :], 1), float("-inf"))
+        larger = tl.maximum(largest, score)
+        bound = tl.where(larger == float("-inf"), 0.0, larger)
+        decay, weight = tl.exp2(largest - bound), tl.exp2(score - bound)
+        total = total * decay + weight
+        mix = mix * decay[:, None] + weight[:, None] * v.to(tl.float32)
         largest = larger
-    if DOT:
-        largest = tl.where(lane == 0, largest, float("-inf"))
     peak = tl.max(largest, 0)
     bound = tl.where(peak == float("-inf"), 0.0, peak)
     decay = tl.exp2(largest - bound)
@@ -464,11 +416,10 @@ def ring_attention_(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: 
         PADDED=padded,
         BLOCK=SLOT_BLOCK,
         STAGES=1 if alone else 3,
-        DOT=not alone,
-        EARLY=begins_early(),
+        EARLY=begins_early(keys),
         num_warps=1 if alone else 2,
     )
     torch.library.wrap_triton(_join_parts_early)[(count * heads,)](
-        mixed, most, totals, out, parts, HEAD=head, PADDED=padded, MOST_PARTS=PARTS, EARLY=begins_early(), num_warps=1
+        mixed, most, totals, out, parts, HEAD=head, PADDED=padded, MOST_PARTS=PARTS, EARLY=begins_early(keys), num_warps=1
     )
     return out

@@ -333,7 +333,8 @@ class Mlp(nn.Module):
 
 
 def product(linear: nn.Linear, x: Tensor, gated: bool = False, norm: nn.RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
-    """A linear layer without bias and what is around it; of a step's tokens, in half precision on a GPU, by kernels of our own.
+    """A linear layer without bias and what is around it; of a step's tokens, in half precision on a GPU, all by one kernel, with the norm
+    if it is one token.
 
     Args:
         linear: the layer.
@@ -345,9 +346,11 @@ def product(linear: nn.Linear, x: Tensor, gated: bool = False, norm: nn.RMSNorm 
     if is_known(x.shape[1], 1) and by_kernels(linear.weight):
         from . import kernels
 
-        by_kernel = kernels.row_product if is_known(x.shape[0], 1) else kernels.tokens_product
-        gamma, eps = (norm.weight, norm.eps) if norm else (None, 0.0)
-        return by_kernel(x, linear.weight, gated, gamma, eps, residual)  # type: ignore[no-any-return]
+        if is_known(x.shape[0], 1):
+            gamma, eps = (norm.weight, norm.eps) if norm else (None, 0.0)
+            return kernels.row_product(x, linear.weight, gated, gamma, eps, residual)  # type: ignore[no-any-return]
+        x = (norm(x) if norm else x).to(linear.weight.dtype)
+        return kernels.tokens_product(x, linear.weight, gated, residual)  # type: ignore[no-any-return]
     y: Tensor = linear(norm(x) if norm else x)
     if gated:
         gate, up = y.chunk(2, dim=-1)
