@@ -23,7 +23,7 @@ HEIGHT, WIDTH = 480, 854
 CLIP_FRAMES, TRACK_FRAMES, WARM_UP = 16, 100, 10
 OBJECTS = (1, 3)
 SESSIONS = 4
-"""Open at once when GPU memory is counted; perf_analyzer's packs say how fast several are."""
+"""Open at once, behind an answer, while GPU memory is counted; perf_analyzer's packs say how fast several are."""
 PROMPT = "Please segment the red square in this video."
 EVALUATED_FRAMES, EVALUATED_HEIGHT, EVALUATED_WIDTH, IN_FLIGHT = 24, 240, 320, 4
 """Clips of shapes-rvos, and questions under way at once, as `sparrow eval` asks them: what an evaluation could reach."""
@@ -44,9 +44,8 @@ def bench(repository: Path | None, server: str, repeats: int) -> None:
             preset = client.segment(clip, PROMPT).summary.fields["preset"]  # and the first answer, which warms up
             answers = [ask(client, clip) for _ in tqdm(range(repeats), desc="clips")]
             tracked = {count: track(client, count) for count in OBJECTS}
-            with ThreadPoolExecutor(SESSIONS) as pool:
+            with GpuMemory() as of_sessions, ThreadPoolExecutor(SESSIONS) as pool:
                 list(pool.map(partial(track, client), [1] * SESSIONS))
-            with_sessions = list(memory.samples)
             rates = ask_together(client, repeats)
     except SparrowClientError as error:
         raise click.ClickException(str(error)) from error
@@ -55,9 +54,9 @@ def bench(repository: Path | None, server: str, repeats: int) -> None:
     lines = [record("serving", f"clip_{CLIP_FRAMES}f_{size}", "first_answer_ms", np.median(answers), "ms", answers, env)]
     if ready_s := os.environ.get("SPARROW_READY_S"):
         lines.append(record("serving", preset, "ready_s", float(ready_s), "s", [float(ready_s)], env))
-    for workload, used in ((f"{preset}_{SESSIONS}_sessions", with_sessions), (preset, memory.samples)):
-        if used:
-            lines.append(record("serving", workload, "gpu_memory_gb", max(used), "GB", used, env))
+    for workload, used in ((f"{preset}_{SESSIONS}_sessions", of_sessions), (preset, memory)):
+        if used.samples:
+            lines.append(record("serving", workload, "gpu_memory_gb", max(used.samples), "GB", used.samples, env))
     for count, samples in tracked.items():
         lines += track_lines("serving", f"track_{count}obj_{size}", samples, env)
     workload = f"clips_{EVALUATED_FRAMES}f_{EVALUATED_HEIGHT}x{EVALUATED_WIDTH}_{IN_FLIGHT}_in_flight"
