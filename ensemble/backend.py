@@ -164,6 +164,7 @@ class SequenceModel(Model):
         """What is due once in a while."""
         with self.lock:
             self.server.expire()
+            self.device.trim()
 
     def _keep_sweeping(self) -> None:
         while not self._closing.wait(settings.SWEEP_S):

@@ -25,7 +25,7 @@ from .machine import MPS_PIPES, Sharing, gpu_sharing
 from .mps import MpsDaemon
 from .processes import STOP_TIMEOUT_S, start, stop
 
-GPU_POOL_BYTES = 256 << 20
+GPU_POOL_BYTES = 192 << 20
 """For tensors on their way between models on the GPU, of which those of a frame take 17 MB; what finds no room goes by way of the host."""
 POLL_S = 0.1
 SHARED_MEMORY = Path("/dev/shm")
