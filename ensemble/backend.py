@@ -148,7 +148,7 @@ class SequenceModel(Model):
         batching = json.loads(args["model_config"])["sequence_batching"]
         self.triton_idle_s = int(batching["max_sequence_idle_microseconds"]) / 1e6
         self.server = self.open_server()
-        self.lock, self._closing = Lock(), Event()
+        self.lock, self._closing, self._idle = Lock(), Event(), False
         self._sweeper = Thread(target=self._keep_sweeping, name=f"{self.name} sweeper", daemon=True)
         self._sweeper.start()
 
@@ -164,7 +164,9 @@ class SequenceModel(Model):
         """What is due once in a while."""
         with self.lock:
             self.server.expire()
-            self.device.trim()
+            if self._idle:  # a request that comes next waits for its memory: 15 ms at full size
+                self.device.trim()
+            self._idle = True
 
     def _keep_sweeping(self) -> None:
         while not self._closing.wait(settings.SWEEP_S):
@@ -176,6 +178,7 @@ class SequenceModel(Model):
     def execute(self, requests: list[Any]) -> list[Any]:
         try:
             with self.lock:
+                self._idle = False
                 results = self.server.step([self._read(request) for request in requests])
         except Exception as error:
             return [to_response(known(self.name, error)) for _ in requests]
