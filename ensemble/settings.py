@@ -117,6 +117,6 @@ OBJECT_BATCHES = (16, 8, 4, 3, 2, 1)
 MAX_REQUESTS = 8
 """Clips that `sparrow` works on at once; more wait in Triton's queue."""
 FRAMES_AHEAD = 16
-"""Frames encoded on a GPU before the tracker asks for them, while the language model runs; bounds the memory of a long clip. On a CPU,
+"""Frames encoded on a GPU before the tracker asks for them, while an answer is decoded; bounds the memory of a long clip. On a CPU,
 where frames that are encoded at once keep the next one waiting, they are ENCODER_BATCH.
 """

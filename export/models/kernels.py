@@ -2,8 +2,8 @@
 
 Imported while something is exported for a GPU (`layers.by_kernels`): torch brings Triton along there, and nowhere else.
 
-A kernel named so (`export.capture.EARLY`) begins while the one before it still runs. It may fetch weights at once; what other kernels have
-written it reads where `_ready` says so, and it writes nothing else than what follows from that.
+A kernel with `export.capture.EARLY` in its name begins while the one before it still runs. It may fetch weights at once; what other kernels
+have written it reads where `_ready` says so, and it writes what follows from that, or where `_ready` says so.
 """
 
 from __future__ import annotations
@@ -306,8 +306,8 @@ def _attend_ring_early(  # type: ignore[no-untyped-def]
 ):
     """A query of one head over every n-th block of its slots, of n programs: what they mix, and how much weight they have.
 
-    The program that reads the new token's slot writes it first. Caches are counted in rows of HEAD channels:
-    whatever the number of slots, it is plain that rows are aligned, without which loads take one channel each.
+    The one that reads the new token's slot writes it first. Caches are counted in rows of HEAD channels: whatever the number of slots,
+    it is plain that rows are aligned, without which loads take one channel each.
     """
     ready = _begun(EARLY) & _ready(EARLY)
     pair, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -356,8 +356,8 @@ def _attend_ring_early(  # type: ignore[no-untyped-def]
     bound = tl.where(peak == float("-inf"), 0.0, peak)
     decay = tl.exp2(largest - bound)
     tl.store(mixed + (pair * parts + part) * HEAD + channel, tl.sum(mix * decay[:, None], 0), mask=there)
-    tl.store(most + pair * parts + part, peak)
-    tl.store(totals + pair * parts + part, tl.sum(total * decay, 0))
+    tl.store(most + pair * parts + part, peak, mask=ready)
+    tl.store(totals + pair * parts + part, tl.sum(total * decay, 0), mask=ready)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
