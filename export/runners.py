@@ -49,6 +49,8 @@ COMPOSED = ("memory_attention",)
 PRECISIONS = ("float32", "bfloat16", "float16")
 INDUCTOR = {"triton.coalesce_tiling_analysis": False}
 """Options of torch's compiler: on a GPU the analysis of memory accesses fails on the strided cells of the CLIP grid (torch 2.11)."""
+ALONE, PROMPT = "alone", "prompt"
+"""Packages of their own: for one object, frame or answer, and for the prompt of an answer."""
 QUANTIZATION_BITS = {"none": None, "8bit": 8, "4bit": 4}
 
 
@@ -346,7 +348,7 @@ class AotiGraph(TensorGraph):
         if module.alone:
             axes = contract.dynamic_axes().values()
             place, axis = next((place, axis) for place, names in enumerate(axes) for axis, name in names.items() if name == module.alone)
-            package = choose(load_package(alone_package(path)), package, place, axis)
+            package = choose(load_package(beside(path, ALONE)), package, place, axis)
         super().__init__(contract, lambda *tensors: package(*tensors, *weights))
 
 
@@ -355,9 +357,9 @@ def choose(alone: Call, others: Call, place: int = 0, axis: int = 0) -> Call:
     return lambda *tensors: (alone if tensors[place].shape[axis] == 1 else others)(*tensors)
 
 
-def alone_package(path: Path) -> Path:
-    """The package for one object, frame or answer, beside that for any number."""
-    return path.with_stem(f"{path.stem}_alone")
+def beside(path: Path, name: str) -> Path:
+    """Another package of a component, beside that at `path`, which is for any number of objects, frames or answers: ALONE or PROMPT."""
+    return path.with_stem(f"{path.stem}_{name}")
 
 
 def load_package(path: Path) -> Call:
@@ -386,13 +388,8 @@ class CompiledLayers:
 def load_compiled(path: Path, config: ModelConfig) -> tuple[Any, CompiledLayers]:
     """The language decoder's module, and the layers that were compiled from it, which lie beside its weights."""
     module = load_module(path, "language_decoder", config)
-    decode = choose(load_package(alone_package(path)), load_package(path))
-    return module, CompiledLayers(decode, load_package(prompt_package(path)))
-
-
-def prompt_package(path: Path) -> Path:
-    """The package for prompts, beside those for steps."""
-    return path.with_stem(f"{path.stem}_prompt")
+    decode = choose(load_package(beside(path, ALONE)), load_package(path))
+    return module, CompiledLayers(decode, load_package(beside(path, PROMPT)))
 
 
 class CompiledSteps(TensorGraph):

@@ -15,7 +15,7 @@ from ensemble.components import components
 from ensemble.tensors import Component
 
 from .machine import cxx
-from .runners import INDUCTOR, alone_package, prompt_package
+from .runners import ALONE, INDUCTOR, PROMPT, beside
 from .to_onnx import export_sizes
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def aoti_from_torch(module: Graph, component: str, path: Path, precision: str, d
     contract, weights = components(module.config)[component], tuple(module.parameters())
     fixed_sizes: dict[Path, dict[str, int]] = {path: {}}
     if module.alone:
-        fixed_sizes[alone_package(path)] = {module.alone: 1}
+        fixed_sizes[beside(path, ALONE)] = {module.alone: 1}
     for package, fixed in fixed_sizes.items():
         sample = contract.sample(seed=0, **{**export_sizes(contract), **fixed})
         inputs = tuple(torch.from_numpy(array).to(device) for array in sample.values())
@@ -67,7 +67,7 @@ def aoti_from_decoder(decoder: LanguageDecoder, path: Path, precision: str, devi
     weights = tuple(layer.parameters())
     fixed = (None,) * len(weights)
     ring = torch.export.Dim("slots", min=2, max=slots)
-    for count, rows, package in ((2, torch.export.Dim("sequences", max=settings.MAX_GENERATIONS), path), (1, None, alone_package(path))):
+    for count, rows, package in ((2, torch.export.Dim("sequences", max=settings.MAX_GENERATIONS), path), (1, None, beside(path, ALONE))):
         positions = torch.arange(count, device=device)[:, None] + 3
         angles = [torch.zeros(count, 1, 1, size // 2, dtype=decoder.cos.dtype, device=device) for _ in range(2)]
         caches = [torch.zeros(count, language.heads, slots, size, dtype=getattr(torch, precision), device=device) for _ in range(2)]
@@ -80,7 +80,7 @@ def aoti_from_decoder(decoder: LanguageDecoder, path: Path, precision: str, devi
     prompt += [torch.zeros(1, 1, PROMPT_TOKENS, size // 2, dtype=decoder.cos.dtype, device=device) for _ in range(2)]
     along = ({1: tokens}, {2: tokens}, {2: tokens})
     compile_package(
-        PromptLayer(layer, language.sliding_window), (*prompt, *weights), (*along, fixed), prompt_package(path), precision, device
+        PromptLayer(layer, language.sliding_window), (*prompt, *weights), (*along, fixed), beside(path, PROMPT), precision, device
     )
 
 

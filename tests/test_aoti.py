@@ -11,13 +11,14 @@ from export import runners, to_repository
 from export.gate import pass_gate
 from export.manifest import ManifestError
 from export.runners import (
+    ALONE,
     AotiGraph,
     CompiledLayers,
     CompiledSteps,
     Engine,
     TorchGraph,
-    alone_package,
     as_stored,
+    beside,
     load_compiled,
     load_package,
     open_graph,
@@ -73,13 +74,13 @@ def test_one_object_and_several_go_through_packages_of_their_own(tiny, tmp_path,
     aoti_from_torch(attention, "memory_attention", path, "float32", "cpu")
     loaded = []
     monkeypatch.setattr(runners, "load_package", lambda path: lambda *tensors: (loaded.append(path), packages[path](*tensors))[1])
-    packages = {own: load_package(own) for own in (path, alone_package(path))}
+    packages = {own: load_package(own) for own in (path, beside(path, ALONE))}
     graph = AotiGraph(path, "memory_attention", attention)
     for objects in (1, 3):
         inputs = components(TINY)["memory_attention"].sample(objects, objects=objects)
         expected = TorchGraph(attention, "memory_attention").run(inputs)["conditioned_embeddings"]
         np.testing.assert_allclose(graph.run(inputs)["conditioned_embeddings"], expected, atol=1e-4)  # order of sums
-    assert loaded == [alone_package(path), path]
+    assert loaded == [beside(path, ALONE), path]
 
 
 @pytest.mark.parametrize(
