@@ -456,7 +456,7 @@ def chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
 
 
 def buckets(entries: list[Any]) -> Iterator[list[Any]]:
-    """Pieces of 16, 8, 4, 3, 2 and 1: a step pays for no padding."""
+    """Pieces of OBJECT_BATCHES, the largest first: a step pays for no padding."""
     start = 0
     while start < len(entries):
         size = next(size for size in settings.OBJECT_BATCHES if size <= len(entries) - start)

@@ -77,24 +77,26 @@ def read(folder: Path, component: str) -> Manifest:
 MEND = "Make the engine anew: sparrow export CHECKPOINT -o REPOSITORY"
 
 
-def check(folder: Path, component: str, settings: Mapping[str, str]) -> Manifest:
+def check(folder: Path, component: str, settings: Mapping[str, str], files: Iterable[str] = ()) -> Manifest:
     """The manifest of an engine that may be run.
 
     Args:
         folder: holds both.
         component: its name.
         settings: fields of the manifest that are expected.
+        files: names that have to be among its files.
     Raises:
-        ManifestError: it has no manifest, was made with other settings, or its files are not those that were written.
+        ManifestError: it has no manifest, was made with other settings or other files, or these are not as they were written.
     """
     manifest = read(folder, component)
     for name, expected in settings.items():
         if (got := getattr(manifest, name)) != expected:
             raise ManifestError(f"{component}: got {name} {got} in {folder}, expected {expected}. {MEND}")
+    for name in (*files, *manifest.files):
+        if name not in manifest.files or not (folder / name).exists():
+            raise ManifestError(f"{component}: no {name} in {folder}. {MEND}")
     for name, (size, known) in manifest.files.items():
         path = folder / name
-        if not path.exists():
-            raise ManifestError(f"{component}: no {name} in {folder}. {MEND}")
         if (got := path.stat().st_size) != size:
             raise ManifestError(f"{path}: got {got} bytes, expected {size}: it was cut off or replaced. {MEND}")
         if fingerprint(path) != known:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 ENGINE_SUFFIX = {"torch": ".safetensors", "onnx": ".onnx", "aoti": ".pt2", "tensorrt": ".plan"}
 """Engine kind to the file that it is kept in, beside its component's model.py."""
 
+HELD_BY_TORCH = ("torch", "aoti")
+"""Engine kinds whose weights are a file of their own, which graphs of one process share."""
+
 POSITIONS_STEP = 512
 """Positions by which the cache of the language model grows."""
 
@@ -640,7 +643,7 @@ def open_graphs(parameters: Mapping[str, str], folder: Path, names: Sequence[str
     """
     engines = {name: Engine.from_parameters(parameters).of(name) for name in names}
     paths = {name: engine_path(engine, folder, name) for name, engine in engines.items()}
-    modules = {name: load_module(paths[name], name, config) for name, engine in engines.items() if engine.engine_kind in ("torch", "aoti")}
+    modules = {name: load_module(paths[name], name, config) for name, engine in engines.items() if engine.engine_kind in HELD_BY_TORCH}
     share_weights(list(modules.values()))
     graphs: dict[str, Graph] = {
         name: with_weights(engine, paths[name], name, modules[name]) if name in modules else load_graph(engine, paths[name], name, config)
@@ -716,8 +719,10 @@ def open_decoder(parameters: Mapping[str, str], folder: Path, config: ModelConfi
 def engine_path(engine: Engine, folder: Path, component: str) -> Path:
     """The file of a component's graph, as its manifest says; raises ManifestError."""
     settings = {"engine_kind": engine.engine_kind, "precision": engine.precision, "machine": machine_of(engine)}
-    check(folder, component, settings)
-    return folder / engine_file(engine, component)
+    path = folder / engine_file(engine, component)
+    weights = [weights_beside(path).name] if engine.engine_kind in HELD_BY_TORCH else []
+    check(folder, component, settings, [path.name, *weights])
+    return path
 
 
 def machine_of(engine: Engine) -> str:
@@ -739,6 +744,11 @@ def engine_file(engine: Engine, component: str) -> str:
     return f"{component}{ENGINE_SUFFIX[engine.engine_kind]}"
 
 
+def weights_beside(path: Path) -> Path:
+    """Where the weights of an engine lie that torch holds."""
+    return path.with_suffix(ENGINE_SUFFIX["torch"])
+
+
 def load_module(path: Path, component: str, config: ModelConfig) -> Module:
     """A component's module with the weights that `save_module` wrote, at `path` or beside the engine there."""
     from safetensors.torch import load_file
@@ -746,15 +756,15 @@ def load_module(path: Path, component: str, config: ModelConfig) -> Module:
     from .models import empty_module
 
     module = empty_module(component, config)
-    module.load_state_dict(load_file(path.with_suffix(ENGINE_SUFFIX["torch"])), assign=True)
+    module.load_state_dict(load_file(weights_beside(path)), assign=True)
     return module.requires_grad_(False).eval()
 
 
 def save_module(module: Module, path: Path, precision: str) -> None:
-    """Writes a component's weights under its own names, as `stored` keeps them."""
+    """Writes a component's weights under its own names, as `stored` keeps them, to `path` or beside the engine there."""
     from safetensors.torch import save_file
 
-    save_file(stored(module, precision), path)
+    save_file(stored(module, precision), weights_beside(path))
 
 
 def as_stored(module: Module, component: str, precision: str) -> Module:

@@ -400,7 +400,7 @@ def make_engine(module: Module, component: str, engine: Engine, path: Path) -> N
 
         device = torch_device()
         kept: Any = as_stored(module, component, engine.precision).to(device)
-        save_module(module, path.with_suffix(ENGINE_SUFFIX["torch"]), engine.precision)
+        save_module(module, path, engine.precision)
         if component == "language_decoder":
             aoti_from_decoder(kept, path, engine.precision, device)
         else:

@@ -1,5 +1,7 @@
 """A compiled package computes what torch does at every size, and runs only on the machine that it was compiled for."""
 
+import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -104,6 +106,16 @@ def test_package_of_another_machine_is_not_run(folder, monkeypatch):
     monkeypatch.setattr(runners, "machine_of", lambda engine: "torch 2.11.0, sm_90")
     with pytest.raises(ManifestError, match=r"got machine torch .*, expected torch 2\.11\.0, sm_90\. Make the engine anew"):
         open_graph(SETTINGS, folder, PART, TINY)
+
+
+def test_package_without_its_weights_is_not_run(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "old")
+    manifest = tmp_path / "old" / f"{PART}.json"
+    fields = json.loads(manifest.read_text())
+    del fields["files"][f"{PART}.safetensors"]  # as packages were that held them
+    manifest.write_text(json.dumps(fields))
+    with pytest.raises(ManifestError, match=rf"{PART}: no {PART}\.safetensors in .*old\. Make the engine anew"):
+        open_graph(SETTINGS, tmp_path / "old", PART, TINY)
 
 
 def test_graphs_of_one_process_run_each_in_their_kind(tiny, folder):
