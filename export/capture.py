@@ -52,7 +52,7 @@ class Captured:
     def __init__(self, call: Call) -> None:
         self._call = call
         self._known: dict[Shapes, Capture | Sequence[Tensor]] = {}
-        """What was captured, or before that where its results are to go. The shape that was called longest ago comes first."""
+        """What was captured, or before that the shapes of its results. The shape that was called longest ago comes first."""
         self._places: dict[str, Tensor] = {}
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
@@ -65,7 +65,7 @@ class Captured:
             capture = self._known.pop(shapes, None)
             if capture is None:
                 results = several(self._call(*inputs))
-                self._known[shapes] = [self._place(f"result {index}", tensor) for index, tensor in enumerate(results)]
+                self._known[shapes] = [tensor.to("meta") for tensor in results]
                 if len(self._known) > MAX_SHAPES:
                     del self._known[next(iter(self._known))]
                 self.trim()
@@ -86,7 +86,7 @@ class Captured:
         if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - cls.pool_bytes > IDLE_CACHE_BYTES:
             torch.cuda.empty_cache()
 
-    def _capture(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> Capture:
+    def _capture(self, inputs: Sequence[Tensor], shapes: Sequence[Tensor]) -> Capture:
         import torch
 
         from .models.layers import several
@@ -96,6 +96,7 @@ class Captured:
             with torch.cuda.graph(Captured._pool):  # lives as long as the process: a pool ends with its last graph
                 torch.zeros(1, device="cuda")
         places = [self._place(f"input {index}", tensor) for index, tensor in enumerate(inputs)]  # filled by whoever replays
+        results = [self._place(f"result {index}", tensor) for index, tensor in enumerate(shapes)]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # as capturing does: what is idle behind it is the pool's
         idle, graph = torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), torch.cuda.CUDAGraph(keep_graph=True)
@@ -108,12 +109,14 @@ class Captured:
         return Capture(graph, places, results)
 
     def _place(self, name: str, tensor: Tensor) -> Tensor:
-        """Where an input is read from, or a result left: one piece of memory for all shapes, of twice the size when it gets too small."""
+        """Where an input like a tensor is read from, or a result left: one piece of memory for all shapes, of twice the size when it gets
+        too small.
+        """
         import torch
 
         size, had = tensor.numel() * tensor.itemsize, self._places[name].numel() if name in self._places else 0
         if had < size:
-            self._places[name] = torch.empty(max(size, 2 * had), dtype=torch.uint8, device=tensor.device)
+            self._places[name] = torch.empty(max(size, 2 * had), dtype=torch.uint8, device="cuda")
         return self._places[name][:size].view(tensor.dtype).view(tensor.shape)
 
 

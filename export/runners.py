@@ -523,7 +523,6 @@ class TorchDecoder(DecoderEnds):
         with self._place.inference():
             whole = torch.cat([self._place.device.put(piece) for piece in embeddings])[None]
             tensors = self._behind(*self._decoder.prefill_(whole, self._keys[:, rows], self._values[:, rows], self._layers.prompt))
-        self._place.device.trim()
         self._lengths[slot] = length
         outlook = self._outlook(tensors[3], self._fetch(tensors)(), [0])
         self._expected, self._ahead = ([slot], outlook.likeliest.tolist()), None

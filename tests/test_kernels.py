@@ -9,6 +9,7 @@ kernels = pytest.importorskip("export.models.kernels", reason="Triton is there o
 from export.models.hiera import join_windows, split_windows  # noqa: E402
 from export.models.language_model import Step, over_cache, write_  # noqa: E402
 from export.models.layers import split_heads  # noqa: E402
+from export.models.memory_attention import rotated_keys  # noqa: E402
 
 ROUNDING = 2e-5
 """Float32 sums in another order."""
@@ -97,3 +98,32 @@ def test_ring_attention_writes_the_token_and_attends_to_the_slots_in_sight(count
     got = kernels.ring_attention_(qkv, step.cos, step.sin, places, *own, visible)
     for one, other in zip((got, *own), (expected, *caches), strict=True):
         torch.testing.assert_close(one, other, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize(("count", "grid", "channels", "side"), [(1, 8, 16, 7), (3, 12, 128, 3)])
+def test_depthwise_equals_a_convolution(count, grid, channels, side):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(count, grid, grid, channels), torch.randn(channels, 1, side, side) / side, torch.randn(channels)
+    expected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=side // 2, groups=channels).permute(0, 2, 3, 1)
+    torch.testing.assert_close(kernels.depthwise(x, weight, bias), expected, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize(("objects", "maps", "pointers", "grid"), [(1, 1, 4, 8), (3, 7, 64, 16), (2, 5, 76, 8)])
+def test_rotated_keys_equal_a_projection_that_is_rotated(objects, maps, pointers, grid):
+    """More maps than programs that share them, and more pointers than a program has."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 64)
+    angles = torch.rand(grid * grid, 32) * 6
+    map_keys, pointer_keys = torch.randn(objects, maps, grid * grid, 16), torch.randn(objects, pointers, 16)
+    with torch.no_grad():
+        expected = rotated_keys(linear, map_keys, pointer_keys, angles.cos(), angles.sin())
+        got = kernels.rotated_keys(map_keys, pointer_keys, linear.weight, linear.bias, angles.cos(), angles.sin())
+    torch.testing.assert_close(got, expected, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize(("channels", "out_channels", "height", "width"), [(1, 4, 16, 12), (4, 16, 8, 32)])
+def test_halve_equals_a_convolution(channels, out_channels, height, width):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, height, width, channels), torch.randn(out_channels, channels, 3, 3) / 3, torch.randn(out_channels)
+    expected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2, padding=1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(kernels.halve(x, weight, bias), expected, atol=ROUNDING, rtol=0)

@@ -17,14 +17,22 @@ from torch import Tensor
 
 WINDOW_TOKENS = 64
 """Tokens of a program of `window_attention`: one window, or several small ones."""
+HALVED_CELLS = 256
+"""Of a program of `halve`."""
+DEPTHWISE_CELLS, DEPTHWISE_CHANNELS = 64, 64
+"""Of a program of `depthwise`."""
+KEY_ROWS, KEY_PROGRAMS = 32, 2
+"""Cells of a program of `rotated_keys`, and programs that share the maps."""
 PRODUCT_WEIGHTS = 16384
 """Weights that a program of `row_product` has in flight: some whole rows."""
-TOKENS = 16
+TOKENS = 8
 """Tokens of a program of `tokens_product`: the least that tensor cores take."""
 PARTS = 32
 """Programs of `ring_attention_` for each head, shared by the answers: one answer has too few heads for all processors."""
 SLOT_BLOCK = 16
 """Slots that a program of `ring_attention_` reads at once."""
+PIECE = 32
+"""Channels of a slot that are read at once: at 8 a thread, four threads share a slot."""
 
 
 def begins_early(tensor: Tensor) -> bool:
@@ -119,6 +127,174 @@ def window_attention(qkv: Tensor, heads: int, window: int) -> Tensor:
 def takes_windows(grid: int, window: int) -> bool:
     """Whether `window_attention` has programs for windows of a square map; of larger ones, cuDNN's are faster."""
     return grid % window == 0 and WINDOW_TOKENS % (window * window) == 0 and grid * grid % WINDOW_TOKENS == 0
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _convolve_halving(  # type: ignore[no-untyped-def]
+    x, weight, bias, out, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, OUT: tl.constexpr, CELLS: tl.constexpr
+):
+    """All channels of CELLS cells of the smaller maps; those of a batch lie below each other."""
+    cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    line, column = cell // (WIDTH // 2), cell % (WIDTH // 2)
+    within, channel = line % (HEIGHT // 2), tl.arange(0, OUT)
+    total = tl.zeros([CELLS, OUT], tl.float32) + tl.load(bias + channel).to(tl.float32)[None, :]
+    for tap in tl.static_range(9):
+        down, right = tap // 3 - 1, tap % 3 - 1
+        there = (within * 2 + down >= 0) & (column * 2 + right >= 0)  # sides are even: nothing is read behind the last line
+        place = ((line * 2 + down) * WIDTH + column * 2 + right) * CHANNELS
+        for source in tl.static_range(CHANNELS):
+            values = tl.load(x + place + source, mask=there, other=0.0).to(tl.float32)
+            total += values[:, None] * tl.load(weight + (channel * CHANNELS + source) * 9 + tap).to(tl.float32)[None, :]
+    tl.store(out + cell[:, None] * OUT + channel[None, :], total.to(out.dtype.element_ty))
+
+
+@torch.library.triton_op("sparrow::halve", mutates_args={})
+def halve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3 by 3 convolution of stride 2 over maps of few channels and even sides.
+
+    Args:
+        x: [N, H, W, C]
+        weight: [D, C, 3, 3], D a power of two.
+        bias: [D]; all of them float16, or all bfloat16.
+    Returns:
+        [N, H / 2, W / 2, D]
+    """
+    count, height, width, channels = x.shape
+    cells = math.gcd(height * width // 4, HALVED_CELLS)
+    out = torch.empty(count, height // 2, width // 2, weight.shape[0], dtype=x.dtype, device=x.device)
+    torch.library.wrap_triton(_convolve_halving)[(count * (height * width // 4 // cells),)](
+        x.contiguous(), weight, bias, out, HEIGHT=height, WIDTH=width, CHANNELS=channels, OUT=weight.shape[0], CELLS=cells
+    )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _convolve_depthwise(  # type: ignore[no-untyped-def]
+    x, weight, bias, out, GRID: tl.constexpr, CHANNELS: tl.constexpr, SIDE: tl.constexpr, CELLS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """CHUNK channels of CELLS cells; maps of a batch lie below each other."""
+    cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    line, column = cell // GRID % GRID, cell % GRID
+    channel = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    total = tl.zeros([CELLS, CHUNK], tl.float32)
+    for row in range(SIDE):
+        down = row - SIDE // 2
+        for tap in tl.static_range(SIDE):
+            right = tap - SIDE // 2
+            there = (line + down >= 0) & (line + down < GRID) & (column + right >= 0) & (column + right < GRID)
+            place = (cell + down * GRID + right)[:, None] * CHANNELS + channel[None, :]
+            values = tl.load(x + place, mask=there[:, None], other=0.0).to(tl.float32)
+            total += values * tl.load(weight + (row * SIDE + tap) * CHANNELS + channel).to(tl.float32)[None, :]
+    total += tl.load(bias + channel).to(tl.float32)[None, :]
+    tl.store(out + cell[:, None] * CHANNELS + channel[None, :], total.to(out.dtype.element_ty))
+
+
+@torch.library.triton_op("sparrow::depthwise", mutates_args={})
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A depthwise convolution that keeps the size of square maps.
+
+    Args:
+        x: [N, G, G, C], C a multiple of 16.
+        weight: [C, 1, S, S], S odd.
+        bias: [C]; all of them float16, or all bfloat16.
+    Returns:
+        [N, G, G, C]
+    """
+    count, grid, _, channels = x.shape
+    cells, chunk = math.gcd(grid * grid, DEPTHWISE_CELLS), math.gcd(channels, DEPTHWISE_CHANNELS)
+    out = torch.empty(count, grid, grid, channels, dtype=x.dtype, device=x.device)
+    torch.library.wrap_triton(_convolve_depthwise)[(count * grid * grid // cells, channels // chunk)](
+        x.contiguous(),
+        weight.flatten(1).t().contiguous(),  # [C, 1, S, S] -> [S * S, C]
+        bias,
+        out,
+        GRID=grid,
+        CHANNELS=channels,
+        SIDE=weight.shape[3],
+        CELLS=cells,
+        CHUNK=chunk,
+    )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _project_rotated(  # type: ignore[no-untyped-def]
+    maps,
+    pointers,
+    weight,
+    bias,
+    cos,
+    sin,
+    out,
+    objects,
+    num_maps,
+    num_pointers,
+    CELLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The keys of the same ROWS cells of every n-th map, of n programs, so that their angles are read once; behind the programs of the
+    last cells come those of pointers, whose angles are none.
+    """
+    dtype: tl.constexpr = weight.dtype.element_ty
+    block = tl.program_id(0)
+    of_maps = block < CELLS // ROWS
+    row = tl.where(of_maps, block, block - CELLS // ROWS) * ROWS + tl.arange(0, ROWS)
+    column, half = tl.arange(0, WIDTH), tl.arange(0, HALF)
+    weights = weight + 2 * half[None, :] * WIDTH + column[:, None]
+    even_weights, odd_weights = tl.load(weights), tl.load(weights + WIDTH)
+    even_bias, odd_bias = tl.load(bias + 2 * half).to(tl.float32)[None, :], tl.load(bias + 2 * half + 1).to(tl.float32)[None, :]
+    cell, pointer = (row < tl.where(of_maps, CELLS, 0))[:, None], (row < tl.where(of_maps, 0, num_pointers))[:, None]
+    angle = row[:, None] * HALF + half[None, :]
+    c, s = tl.load(cos + angle, mask=cell, other=1.0), tl.load(sin + angle, mask=cell, other=0.0)
+    keys = num_maps * CELLS + num_pointers
+    height, count = tl.where(of_maps, CELLS, num_pointers), tl.where(of_maps, objects * num_maps, objects)
+    for item in range(tl.program_id(1), count, tl.num_programs(1)):
+        place = (item * height + row)[:, None] * WIDTH + column[None, :]
+        x = tl.load(maps + place, mask=cell, other=0.0) + tl.load(pointers + place, mask=pointer, other=0.0)
+        even = (tl.dot(x, even_weights) + even_bias).to(dtype).to(tl.float32)
+        odd = (tl.dot(x, odd_weights) + odd_bias).to(dtype).to(tl.float32)
+        first = tl.where(of_maps, item // num_maps * keys + item % num_maps * CELLS, item * keys + num_maps * CELLS)
+        to = out + (first + row)[:, None] * 2 * HALF + half[None, :]
+        tl.store(to, (even * c - odd * s).to(dtype), mask=cell | pointer)
+        tl.store(to + HALF, (even * s + odd * c).to(dtype), mask=cell | pointer)
+
+
+@torch.library.triton_op("sparrow::rotated_keys", mutates_args={})
+def rotated_keys(maps: Tensor, pointers: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys of memory maps, projected, rounded and rotated as by `memory_attention.rotate`, and keys of pointers, projected, behind them.
+
+    Args:
+        maps: [O, M, cells, C], C and D powers of two of 16 and more.
+        pointers: [O, P, C]
+        weight: [D, C]
+        bias: [D]; all of them float16, or all bfloat16.
+        cos, sin: [cells, D / 2] float32
+    Returns:
+        [O, M * cells + P, D]: the first of neighbouring channels before the second ones.
+    """
+    objects, num_maps, cells, width = maps.shape
+    rows = math.gcd(cells, KEY_ROWS)
+    out = torch.empty(objects, num_maps * cells + pointers.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device)
+    blocks = cells // rows + (pointers.shape[1] + rows - 1) // rows
+    torch.library.wrap_triton(_project_rotated)[(blocks, KEY_PROGRAMS)](
+        maps.contiguous(),
+        pointers.contiguous(),
+        weight,
+        bias,
+        cos,
+        sin,
+        out,
+        objects,
+        num_maps,
+        pointers.shape[1],
+        CELLS=cells,
+        WIDTH=width,
+        HALF=weight.shape[0] // 2,
+        ROWS=rows,
+    )
+    return out
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -230,18 +406,18 @@ def _dot_tokens(  # type: ignore[no-untyped-def]
     dtype: tl.constexpr = weight.dtype.element_ty
     row, rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.num_programs(0) * ROWS
     token, column = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK)
-    there = (token < count)[:, None]
-    tokens = x + token[:, None] * WIDTH + column[None, :]
+    there = (token < count)[None, :]
+    tokens = x + token[None, :] * WIDTH + column[:, None]
     weights = weight + row[:, None] * WIDTH + column[None, :]
-    total = tl.zeros([TOKENS, ROWS], tl.float32)
-    total_up = tl.zeros([TOKENS, ROWS], tl.float32)
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
+    total_up = tl.zeros([ROWS, TOKENS], tl.float32)
     for start in tl.range(0, WIDTH, BLOCK, num_stages=4):
         values = tl.load(tokens + start, mask=there, other=0.0)
-        total = tl.dot(values, tl.trans(tl.load(weights + start)), total)
+        total = tl.dot(tl.load(weights + start), values, total)
         if GATED:
-            total_up = tl.dot(values, tl.trans(tl.load(weights + rows * WIDTH + start)), total_up)
+            total_up = tl.dot(tl.load(weights + rows * WIDTH + start), values, total_up)
     result = _gated(total, total_up, dtype).to(dtype) if GATED else total.to(dtype)
-    place = token[:, None] * rows + row[None, :]
+    place = token[None, :] * rows + row[:, None]
     if ADDED:
         result = tl.load(residual + place, mask=there, other=0.0) + result.to(tl.float32)
     tl.store(out + place, result, mask=there)
@@ -283,6 +459,32 @@ def tokens_product(x: Tensor, weight: Tensor, gated: bool = False, residual: Ten
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _pieces(row, channel, there, HEAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The channels from `row` on, HEAD of them, in pieces as long as `channel`."""
+    pieces = ()
+    for start in tl.static_range(0, HEAD, channel.shape[-1]):
+        pieces += (tl.load(row + start + channel, mask=there, other=0.0),)  # type: ignore[assignment]
+    return pieces
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotated(row, cos, sin, channel, there, HEAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`_pieces` of what the angles make of a row, float32: each half of the channels with the other."""
+    HALF: tl.constexpr = HEAD // 2
+    pieces = ()
+    for start in tl.static_range(0, HEAD, channel.shape[0]):
+        own = start + channel
+        low = own < HALF
+        other, angle = tl.where(low, own + HALF, own - HALF), tl.where(low, own, own - HALF)
+        c = tl.load(cos + angle, mask=there, other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=there, other=0.0).to(tl.float32)
+        this = tl.load(row + own, mask=there, other=0.0).to(tl.float32)
+        that = tl.load(row + other, mask=there, other=0.0).to(tl.float32)
+        pieces += (this * c + that * tl.where(low, -s, s),)  # type: ignore[assignment]
+    return pieces
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _attend_ring_early(  # type: ignore[no-untyped-def]
     qkv,
     cos,
@@ -299,63 +501,69 @@ def _attend_ring_early(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD: tl.constexpr,
-    PADDED: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """A query of one head over every n-th block of its slots, of n programs: what they mix, and how much weight they have.
 
-    The one that reads the new token's slot writes it first. Caches are counted in rows of HEAD channels: whatever the number of slots,
-    it is plain that rows are aligned, without which loads take one channel each.
+    The one that reads the new token's slot writes it first. A head's channels are read in pieces of a power of two: nothing is filled up,
+    and few threads share a slot. Caches are counted in rows of HEAD channels: whatever the number of slots, it is plain that rows are
+    aligned, without which loads take one channel each.
     """
     ready = _begun(EARLY) & _ready(EARLY)
     pair, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     sequence, head = pair // HEADS, pair % HEADS
     first = sequence.to(tl.int64) * rows_apart + head * size
-    channel = tl.arange(0, PADDED)
-    there = tl.where(ready, channel < HEAD, False)
-    low = channel < HEAD // 2
-    other = tl.where(low, channel + HEAD // 2, channel - HEAD // 2)
-    angle = sequence * (HEAD // 2) + tl.minimum(channel, other)
-    c = tl.load(cos + angle, mask=there, other=0.0).to(tl.float32)
-    s = tl.load(sin + angle, mask=there, other=0.0).to(tl.float32)
-    s = tl.where(low, -s, s)
+    channel = tl.arange(0, PIECE)
+    there = tl.where(ready, channel < PIECE, False)
+    cos += sequence * (HEAD // 2)
+    sin += sequence * (HEAD // 2)
     dtype: tl.constexpr = keys.dtype.element_ty
     new = qkv + (sequence * 3 * HEADS + head) * HEAD
-    own = tl.load(new + channel, mask=there, other=0.0).to(tl.float32)
-    query = own * c + tl.load(new + other, mask=there, other=0.0).to(tl.float32) * s
-    query = query.to(dtype).to(tl.float32) * SCALE
+    own = _rotated(new, cos, sin, channel, there, HEAD)
+    query = ()
+    for piece in tl.static_range(HEAD // PIECE):
+        query += (own[piece].to(dtype).to(tl.float32) * SCALE,)  # type: ignore[assignment]
     now = tl.load(slots + sequence, mask=ready, other=0)
     if now // BLOCK % parts == part:
-        new += HEADS * HEAD
-        own = tl.load(new + channel, mask=there, other=0.0).to(tl.float32)
-        key = own * c + tl.load(new + other, mask=there, other=0.0).to(tl.float32) * s
-        value = tl.load(new + HEADS * HEAD + channel, mask=there, other=0.0)
-        tl.store(keys + (first + now) * HEAD + channel, key.to(dtype), mask=there)
-        tl.store(values + (first + now) * HEAD + channel, value.to(dtype), mask=there)
+        key = _rotated(new + HEADS * HEAD, cos, sin, channel, there, HEAD)
+        value = _pieces(new + 2 * HEADS * HEAD, channel, there, HEAD)
+        for piece in tl.static_range(HEAD // PIECE):
+            place = (first + now) * HEAD + piece * PIECE + channel
+            tl.store(keys + place, key[piece].to(dtype), mask=there)
+            tl.store(values + place, value[piece].to(dtype), mask=there)
         tl.debug_barrier()  # other threads of this program read it
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    mix = tl.zeros([BLOCK, PADDED], tl.float32)
-    for start in tl.range(part * BLOCK, size, parts * BLOCK, num_stages=STAGES):
+    mix = ()
+    for _ in tl.static_range(HEAD // PIECE):
+        mix += (tl.zeros([BLOCK, PIECE], tl.float32),)  # type: ignore[assignment]
+    for start in range(part * BLOCK, size, parts * BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        place = (first + slot)[:, None] * HEAD + channel[None, :]
+        row = (first + slot)[:, None] * HEAD
         wanted = (slot < size)[:, None] & there[None, :]
-        k = tl.load(keys + place, mask=wanted, other=0.0)
-        v = tl.load(values + place, mask=wanted, other=0.0)
+        k = _pieces(keys + row, channel[None, :], wanted, HEAD)
+        v = _pieces(values + row, channel[None, :], wanted, HEAD)
         seen = tl.load(visible + sequence * size + slot, mask=tl.where(ready, slot < size, False), other=0) != 0
-        score = tl.where(seen, tl.sum(k.to(tl.float32) * query[None, :], 1), float("-inf"))
+        products = tl.zeros([BLOCK, PIECE], tl.float32)
+        for piece in tl.static_range(HEAD // PIECE):
+            products += k[piece].to(tl.float32) * query[piece][None, :]
+        score = tl.where(seen, tl.sum(products, 1), float("-inf"))
         larger = tl.maximum(largest, score)
         bound = tl.where(larger == float("-inf"), 0.0, larger)
         decay, weight = tl.exp2(largest - bound), tl.exp2(score - bound)
         total = total * decay + weight
-        mix = mix * decay[:, None] + weight[:, None] * v.to(tl.float32)
-        largest = larger
+        mixes = ()
+        for piece in tl.static_range(HEAD // PIECE):
+            mixes += (mix[piece] * decay[:, None] + weight[:, None] * v[piece].to(tl.float32),)  # type: ignore[assignment]
+        mix, largest = mixes, larger
     peak = tl.max(largest, 0)
     bound = tl.where(peak == float("-inf"), 0.0, peak)
     decay = tl.exp2(largest - bound)
-    tl.store(mixed + (pair * parts + part) * HEAD + channel, tl.sum(mix * decay[:, None], 0), mask=there)
+    for piece in tl.static_range(HEAD // PIECE):
+        place = (pair * parts + part) * HEAD + piece * PIECE + channel
+        tl.store(mixed + place, tl.sum(mix[piece] * decay[:, None], 0), mask=there)
     tl.store(most + pair * parts + part, peak, mask=ready)
     tl.store(totals + pair * parts + part, tl.sum(total * decay, 0), mask=ready)
 
@@ -390,7 +598,6 @@ def ring_attention_(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: 
         [N, heads, 1, C / heads]
     """
     count, heads, size, head = keys.shape
-    alone = isinstance(count, int) and count == 1  # a size that varies, in a traced graph, is not known
     parts = (PARTS + count - 1) // count
     pieces = (count * heads, parts)
     mixed = torch.empty(*pieces, head, dtype=torch.float32, device=qkv.device)
@@ -413,11 +620,10 @@ def ring_attention_(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: 
         SCALE=math.log2(math.e) / math.sqrt(head),
         HEADS=heads,
         HEAD=head,
-        PADDED=padded,
+        PIECE=math.gcd(head, PIECE),
         BLOCK=SLOT_BLOCK,
-        STAGES=1 if alone else 3,
         EARLY=begins_early(keys),
-        num_warps=1 if alone else 2,
+        num_warps=1,
     )
     torch.library.wrap_triton(_join_parts_early)[(count * heads,)](
         mixed, most, totals, out, parts, HEAD=head, PADDED=padded, MOST_PARTS=PARTS, EARLY=begins_early(keys), num_warps=1

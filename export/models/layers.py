@@ -86,8 +86,10 @@ class LayerNorm2d(nn.Module):
 
 
 def linear_relu(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer and ReLU."""
-    return F.relu(layer(x))
+    """A linear layer and ReLU; on a GPU in half precision as `activated_product`."""
+    if not by_kernels(layer.weight):
+        return F.relu(layer(x))
+    return activated_product(x.to(layer.weight.dtype), layer.weight, layer.bias, gelu=False)  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -115,32 +117,33 @@ class MLP(nn.Module):
 
 
 def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer and exact GELU; on a GPU in half precision as `half_linear_gelu`."""
+    """A linear layer and exact GELU; on a GPU in half precision as `activated_product`."""
     if not by_kernels(layer.weight):
         return F.gelu(layer(x))
-    return half_linear_gelu(x.to(layer.weight.dtype), layer.weight, layer.bias)  # type: ignore[no-any-return]
+    return activated_product(x.to(layer.weight.dtype), layer.weight, layer.bias, gelu=True)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("sparrow::half_linear_gelu", mutates_args=())
-def half_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer with the GELU that cuBLAS has in the same kernel, by tanh.
+@torch.library.custom_op("sparrow::activated_product", mutates_args=())
+def activated_product(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    """A linear layer with the ReLU or the GELU that cuBLAS has in the same kernel.
 
-    That differs from the exact one by up to 5e-4, and takes sums that are not rounded yet: the result is closer to the exact one than in
-    two steps (docs/performance.md).
+    That GELU, by tanh, differs from the exact one by up to 5e-4, and takes sums that are not rounded yet: the result is closer to the exact
+    one than in two steps (docs/performance.md).
 
     Args:
         x: [..., C]
         weight: [D, C]
         bias: [D]; all of them float16, or all bfloat16.
+        gelu: instead of ReLU.
     Returns:
         [..., D]
     """
-    out: Tensor = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    out: Tensor = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=gelu)
     return out.reshape(*x.shape[:-1], -1)
 
 
-@half_linear_gelu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+@activated_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

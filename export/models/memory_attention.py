@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ensemble import settings
 from ensemble.config import ModelConfig, Sam2Config
 
-from .layers import TEMPERATURE, Attention, Graph, attention, sine_positions, small_random, split_heads
+from .layers import TEMPERATURE, Attention, Graph, attention, by_kernels, linear_relu, sine_positions, small_random
 
 FRAME_POSITION_SCALE = 0.1
 """Weight of the positions that are added to the frame (memory_attention.py)."""
@@ -68,7 +67,7 @@ class MemoryAttention(Graph):
         map_keys = maps + self.map_positions + temporal[:, :, None]
         objects, tokens = object_pointers.shape[0], sam2.width // sam2.memory_width
         pointers = object_pointers.reshape(objects, -1, sam2.memory_width)  # [O, P, width] -> [O, P * tokens, C]
-        values = torch.cat([maps.flatten(1, 2), pointers], 1)  # [O, K, C], K = M * g * g + P * tokens
+        values = torch.cat([maps.flatten(1, 2), pointers], 1)[:, None]  # [O, 1, K, C], K = M * g * g + P * tokens
         pointer_keys = pointers
         if sam2.pointer_positions:
             angles = pointer_distances[:, :, None] * self.distance_scales  # [O, P] -> [O, P, width / 2]
@@ -99,15 +98,13 @@ class MemoryLayer(nn.Module):
         x = x + attn.attend(q, k, attn.v_proj(normal))
 
         attn, normal = self.cross_attn_image, self.norm2(x)
-        map_k = rotate(attn.k_proj(map_keys), cos, sin).flatten(1, 2)  # [O, M, g * g, C] -> [O, M * g * g, C]
-        k = torch.cat([map_k, attn.k_proj(pointer_keys)], 1)  # [O, K, C]
-        q, values = rotate(attn.q_proj(normal), cos, sin), values.to(attn.v_proj.weight.dtype)
+        k = rotated_keys(attn.k_proj, map_keys, pointer_keys, cos, sin)
+        q = rotate(attn.q_proj(normal), cos, sin)
         # Weights of a softmax sum to one: values may be mixed first, while they are narrow, and projected then.
-        q, k, values = (split_heads(x, attn.heads) for x in (q, k, values))  # [O, S, C] -> [O, 1, S, C]
-        mixed = attention(q, k, values, None)  # -> [O, 1, g * g, memory_width]
+        mixed = attention(q[:, None], k[:, None], values.to(attn.v_proj.weight.dtype), None)  # -> [O, 1, g * g, memory_width]
         x = x + attn.out_proj(attn.v_proj(mixed[:, 0]))
 
-        out: Tensor = x + self.linear2(F.relu(self.linear1(self.norm3(x))))
+        out: Tensor = x + self.linear2(linear_relu(self.linear1, self.norm3(x)))
         return out
 
 
@@ -127,7 +124,28 @@ def rope_angles(grid: int, width: int) -> Tensor:
     return torch.cat([angle.expand(grid, -1, -1), angle[:, None].expand(-1, grid, -1)], -1).flatten(0, 1)
 
 
+def rotated_keys(k_proj: nn.Linear, map_keys: Tensor, pointer_keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Projected keys of all memories, [O, K, C]: [O, M, g * g, memory_width], which are rotated, and [O, P, memory_width] behind them."""
+    if by_kernels(k_proj.weight):
+        from . import kernels
+
+        maps, pointers = (keys.to(k_proj.weight.dtype) for keys in (map_keys, pointer_keys))
+        return kernels.rotated_keys(maps, pointers, k_proj.weight, k_proj.bias, cos, sin)  # type: ignore[no-any-return]
+    maps = rotate(k_proj(map_keys), cos, sin).flatten(1, 2)  # [O, M, g * g, C] -> [O, M * g * g, C]
+    return torch.cat([maps, torch.cat(pairs(k_proj(pointer_keys)), -1)], 1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates neighbouring channels of x [..., g * g, C] by the angles of cos, sin [g * g, C / 2]."""
-    even, odd = x[..., 0::2], x[..., 1::2]  # [..., C] -> [..., C / 2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)  # -> [..., C]
+    """Rotates neighbouring channels of x [..., g * g, C] by the angles of cos, sin [g * g, C / 2].
+
+    Returns:
+        all first channels of the pairs before all second ones, which products of queries and keys do not depend on: no memory is read or
+        written in strides.
+    """
+    even, odd = pairs(x)
+    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], -1)
+
+
+def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., C] -> the first and the second of neighbouring channels, [..., C / 2] each."""
+    return x[..., 0::2], x[..., 1::2]

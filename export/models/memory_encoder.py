@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ensemble import settings
 from ensemble.config import ModelConfig
 
-from .layers import Graph, LayerNorm2d, linear_gelu, small_random
+from .layers import Graph, LayerNorm2d, by_kernels, linear_gelu, small_random
 
 MASK_CHANNELS = (1, 4, 16, 64, 256)
 """Channels of the mask at stride 1, 2, 4, 8, 16: each step keeps the number of values."""
+NARROW = 4
+"""Channels up to which cuDNN is slow at a convolution."""
 FUSER_BLOCKS = 2
 
 
@@ -35,7 +37,7 @@ class MemoryEncoder(Graph):
         sam2 = config.sam2
         self.mask_downsampler = nn.Sequential()
         for channels, out_channels in pairwise(MASK_CHANNELS):
-            self.mask_downsampler.extend([nn.Conv2d(channels, out_channels, 3, 2, 1), LayerNorm2d(out_channels), nn.GELU()])
+            self.mask_downsampler.extend([Halving(channels, out_channels), LayerNorm2d(out_channels), nn.GELU()])
         self.mask_downsampler.append(nn.Conv2d(MASK_CHANNELS[-1], sam2.width, 1))
         self.pix_feat_proj = nn.Conv2d(sam2.width, sam2.width, 1)
         self.fuser = nn.Sequential(*(ConvNextBlock(sam2.width) for _ in range(FUSER_BLOCKS)))
@@ -62,6 +64,22 @@ class MemoryEncoder(Graph):
         return maps.to(torch.bfloat16).float()
 
 
+class Halving(nn.Conv2d):
+    """A 3 by 3 convolution of stride 2 over a map of even sides."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[O, C, H, W] -> [O, D, H / 2, W / 2]"""
+        if self.in_channels > NARROW or not by_kernels(self.weight):
+            return super().forward(x)
+        from . import kernels
+
+        out: Tensor = kernels.halve(x.to(self.weight.dtype).permute(0, 2, 3, 1), self.weight, self.bias)
+        return out.permute(0, 3, 1, 2)
+
+
 class ConvNextBlock(nn.Module):
     """7 by 7 depthwise convolution and an MLP per cell, scaled (CXBlock; its `gamma` is `weight` in SPARROW's checkpoints)."""
 
@@ -75,7 +93,16 @@ class ConvNextBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[O, C, g, g] -> [O, C, g, g]"""
-        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # [O, C, g, g] -> [O, g, g, C]
+        y = self.norm(depthwise(self.dwconv, x.permute(0, 2, 3, 1)))  # [O, C, g, g] -> [O, g, g, C]
         y = self.weight * self.pwconv2(linear_gelu(self.pwconv1, y))
         out: Tensor = x + y.permute(0, 3, 1, 2)  # [O, g, g, C] -> [O, C, g, g]
         return out
+
+
+def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A depthwise convolution that keeps the size of a map, channels last: [O, g, g, C] -> [O, g, g, C]."""
+    if by_kernels(conv.weight):
+        from . import kernels
+
+        return kernels.depthwise(x.to(conv.weight.dtype), conv.weight, conv.bias)  # type: ignore[no-any-return]
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
