@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -142,6 +143,8 @@ class TorchDevice:
     """This process's GPU, or the CPU: a `Device` whose arrays are tensors."""
 
     def __init__(self) -> None:
+        # Kernels that want a workspace want it zeroed before every call, and every process would hold one.
+        os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
         self.name = torch_device()
 
     @property

@@ -29,7 +29,7 @@ TOKENS = 8
 """Tokens of a program of `tokens_product`: the least that tensor cores take."""
 PARTS = 32
 """Programs of `ring_attention_` for each head, shared by the answers: one answer has too few heads for all processors."""
-SLOT_BLOCK = 16
+SLOT_BLOCK = 32
 """Slots that a program of `ring_attention_` reads at once."""
 PIECE = 32
 """Channels of a slot that are read at once: at 8 a thread, four threads share a slot."""
@@ -399,6 +399,7 @@ def _dot_tokens(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
     GATED: tl.constexpr,
     ADDED: tl.constexpr,
 ):
@@ -411,7 +412,7 @@ def _dot_tokens(  # type: ignore[no-untyped-def]
     weights = weight + row[:, None] * WIDTH + column[None, :]
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     total_up = tl.zeros([ROWS, TOKENS], tl.float32)
-    for start in tl.range(0, WIDTH, BLOCK, num_stages=4):
+    for start in tl.range(0, WIDTH, BLOCK, num_stages=STAGES):
         values = tl.load(tokens + start, mask=there, other=0.0)
         total = tl.dot(tl.load(weights + start), values, total)
         if GATED:
@@ -438,7 +439,10 @@ def tokens_product(x: Tensor, weight: Tensor, gated: bool = False, residual: Ten
         as `row_product`, of every token
     """
     count, rows, width = x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0], weight.shape[1]
-    together, block = (32, 128) if rows > 4096 else (16, 512)  # few rows leave processors idle unless they are shared out finely
+    if rows > 4096:
+        together, block, stages = 32, 128, 4
+    else:  # few rows leave processors idle unless they are shared out finely, or each takes long
+        together, block, stages = (32, 256, 6) if width > rows else (16, 512, 4)
     together = math.gcd(rows, together)
     out = torch.empty(count, 1, rows, dtype=weight.dtype if residual is None else residual.dtype, device=weight.device)
     torch.library.wrap_triton(_dot_tokens)[(rows // together, (count + TOKENS - 1) // TOKENS)](
@@ -451,6 +455,7 @@ def tokens_product(x: Tensor, weight: Tensor, gated: bool = False, residual: Ten
         BLOCK=math.gcd(width, block),
         ROWS=together,
         TOKENS=TOKENS,
+        STAGES=stages,
         GATED=gated,
         ADDED=residual is not None,
         num_warps=2,
