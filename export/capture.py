@@ -20,7 +20,7 @@ IDLE_CACHE_BYTES = 64 << 20
 """GPU memory that a process keeps for its next request beyond what it holds: every model is a process, and they share the GPU."""
 
 EARLY = "_early"
-"""In the name of a kernel that may begin before the one before it has ended: it waits by itself (models/kernels.py)."""
+"""In the name of a kernel that may begin before the one before it has ended: it waits by itself (models/decode_kernels.py)."""
 
 Shapes = tuple[tuple[int, ...], ...]
 

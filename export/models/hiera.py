@@ -119,9 +119,9 @@ class WindowAttention(nn.Module):
         """Whether a kernel of our own attends to windows where they lie in the map."""
         if self.pools or not by_kernels(self.qkv.weight):
             return False
-        from . import kernels
+        from . import map_kernels
 
-        return kernels.takes_windows(self.grid, self.window)
+        return map_kernels.takes_windows(self.grid, self.window)
 
     def forward(self, x: Tensor, by_window: bool) -> Tensor:
         """As `Block.forward`."""
@@ -129,9 +129,9 @@ class WindowAttention(nn.Module):
             q, k, v = (split_heads(own, self.heads) for own in self.qkv(x).reshape(-1, self.window**2, 3 * x.shape[3]).chunk(3, -1))
             return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
         if self.has_kernel:
-            from . import kernels
+            from . import map_kernels
 
-            return self.proj(kernels.window_attention(self.qkv(x), self.heads, self.window))  # type: ignore[no-any-return]
+            return self.proj(map_kernels.window_attention(self.qkv(x), self.heads, self.window))  # type: ignore[no-any-return]
         q, k, v = self.qkv(split_windows(x, self.window)).chunk(3, -1)  # [N, H, W, C] -> 3 x [windows, w, w, C]
         q = max_pool(q) if self.pools else q
         q, k, v = (split_heads(x.flatten(1, 2), self.heads) for x in (q, k, v))  # -> [windows, heads, w * w, C / heads]

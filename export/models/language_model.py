@@ -213,10 +213,10 @@ def by_ring_kernel(visible: Tensor, slots: Tensor) -> Attend:
     """`over_cache` for one new token of each answer, which is written in place, by a kernel of our own."""
 
     def attend(qkv: Tensor, step: Step, caches: Caches | None) -> tuple[Tensor, Tensor, Tensor]:
-        from . import kernels
+        from . import decode_kernels
 
         assert caches is not None
-        return kernels.ring_attention_(qkv, step.cos, step.sin, slots, *caches, visible), *caches
+        return decode_kernels.ring_attention_(qkv, step.cos, step.sin, slots, *caches, visible), *caches
 
     return attend
 
@@ -344,13 +344,13 @@ def product(linear: nn.Linear, x: Tensor, gated: bool = False, norm: nn.RMSNorm 
         residual: what the result is added to.
     """
     if is_known(x.shape[1], 1) and by_kernels(linear.weight):
-        from . import kernels
+        from . import decode_kernels
 
         if is_known(x.shape[0], 1):
             gamma, eps = (norm.weight, norm.eps) if norm else (None, 0.0)
-            return kernels.row_product(x, linear.weight, gated, gamma, eps, residual)  # type: ignore[no-any-return]
+            return decode_kernels.row_product(x, linear.weight, gated, gamma, eps, residual)  # type: ignore[no-any-return]
         x = (norm(x) if norm else x).to(linear.weight.dtype)
-        return kernels.tokens_product(x, linear.weight, gated, residual)  # type: ignore[no-any-return]
+        return decode_kernels.tokens_product(x, linear.weight, gated, residual)  # type: ignore[no-any-return]
     y: Tensor = linear(norm(x) if norm else x)
     if gated:
         gate, up = y.chunk(2, dim=-1)

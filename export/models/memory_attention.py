@@ -127,10 +127,10 @@ def rope_angles(grid: int, width: int) -> Tensor:
 def rotated_keys(k_proj: nn.Linear, map_keys: Tensor, pointer_keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Projected keys of all memories, [O, K, C]: [O, M, g * g, memory_width], which are rotated, and [O, P, memory_width] behind them."""
     if by_kernels(k_proj.weight):
-        from . import kernels
+        from . import map_kernels
 
         maps, pointers = (keys.to(k_proj.weight.dtype) for keys in (map_keys, pointer_keys))
-        return kernels.rotated_keys(maps, pointers, k_proj.weight, k_proj.bias, cos, sin)  # type: ignore[no-any-return]
+        return map_kernels.rotated_keys(maps, pointers, k_proj.weight, k_proj.bias, cos, sin)  # type: ignore[no-any-return]
     maps = rotate(k_proj(map_keys), cos, sin).flatten(1, 2)  # [O, M, g * g, C] -> [O, M * g * g, C]
     return torch.cat([maps, torch.cat(pairs(k_proj(pointer_keys)), -1)], 1)
 

@@ -74,9 +74,9 @@ class Halving(nn.Conv2d):
         """[O, C, H, W] -> [O, D, H / 2, W / 2]"""
         if self.in_channels > NARROW or not by_kernels(self.weight):
             return super().forward(x)
-        from . import kernels
+        from . import map_kernels
 
-        out: Tensor = kernels.halve(x.to(self.weight.dtype).permute(0, 2, 3, 1), self.weight, self.bias)
+        out: Tensor = map_kernels.halve(x.to(self.weight.dtype).permute(0, 2, 3, 1), self.weight, self.bias)
         return out.permute(0, 3, 1, 2)
 
 
@@ -102,7 +102,7 @@ class ConvNextBlock(nn.Module):
 def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A depthwise convolution that keeps the size of a map, channels last: [O, g, g, C] -> [O, g, g, C]."""
     if by_kernels(conv.weight):
-        from . import kernels
+        from . import map_kernels
 
-        return kernels.depthwise(x.to(conv.weight.dtype), conv.weight, conv.bias)  # type: ignore[no-any-return]
+        return map_kernels.depthwise(x.to(conv.weight.dtype), conv.weight, conv.bias)  # type: ignore[no-any-return]
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
