@@ -44,8 +44,8 @@ def onnx_from_torch(module: Graph, component: str, path: Path, precision: str = 
     import onnx
     import torch
 
-    from .half_onnx import float_islands
     from .models.roi_align import onnx_translations
+    from .onnx_operators import translations
 
     dtype = getattr(torch, precision)
     half = dtype != torch.float32
@@ -64,7 +64,7 @@ def onnx_from_torch(module: Graph, component: str, path: Path, precision: str = 
             input_names=list(sample),
             output_names=[spec.name for spec in contract.outputs],
             opset_version=OPSETS[precision],
-            custom_translation_table=onnx_translations() | (float_islands() if half else {}),
+            custom_translation_table=onnx_translations() | translations(half),
             verbose=False,
         )
     hook.remove()
@@ -83,12 +83,9 @@ def lower(path: Path) -> None:
     """
     import onnx
 
-    half, single = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    half, single, pixel = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
     model = onnx.load(path, load_external_data=False)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for value in model.graph.input:
-        if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
-            value.type.tensor_type.elem_type = single
     nodes = list(model.graph.node)
     del model.graph.node[:]
     for node in nodes:
@@ -112,8 +109,8 @@ def lower(path: Path) -> None:
                 node.attribute.remove(attribute)
             elif (node.op_type, attribute.name, attribute.i) == ("Cast", "to", half):
                 attribute.i = single
-    for value in model.graph.value_info:
-        if value.type.tensor_type.elem_type == half:
+    for value in (*model.graph.input, *model.graph.value_info):
+        if value.type.tensor_type.elem_type in (half, pixel):
             value.type.tensor_type.elem_type = single
     (standard,) = (opset for opset in model.opset_import if not opset.domain)
     standard.version = 17

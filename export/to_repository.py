@@ -48,7 +48,7 @@ HERE = Path(__file__).parent
 CODE = (
     *sorted(HERE.glob("models/*.py")),
     *sorted(HERE.glob("to_*.py")),
-    HERE / "half_onnx.py",
+    HERE / "onnx_operators.py",
     HERE / "runners.py",
     Path(components.__code__.co_filename),
 )

@@ -39,9 +39,10 @@ class FrameEncoder(Graph):
 
     def forward(self, pictures: Tensor, picture_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Contract `frame_encoder`: (frame_embeddings, high_res_1, high_res_0)."""
-        pixels = (pictures.float() - self.mean) / self.std
-        rows = stretch(pixels, picture_sizes[:, 0]).transpose(1, 2)  # [N, S, S, 3], columns first
-        return self.encode(stretch(rows, picture_sizes[:, 1]).permute(0, 3, 2, 1))
+        # Channels first from here on: ONNX Runtime is slow where three values lie beside each other.
+        pixels = (pictures.permute(0, 3, 1, 2).float() - self.mean[:, None, None]) / self.std[:, None, None]  # [N, 3, S, S]
+        columns = stretch(pixels, picture_sizes[:, 0]).transpose(2, 3)
+        return self.encode(stretch(columns, picture_sizes[:, 1]).transpose(2, 3))
 
     def encode(self, grounding_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of what `ensemble.frames.grounding_frame` returns: [N, 3, S, S] float."""
@@ -53,13 +54,13 @@ def stretch(x: Tensor, used: Tensor) -> Tensor:
     """Linear interpolation of the first lines of a square over all of its lines, as `ensemble.frames.stretch` (spec 1.2).
 
     Args:
-        x: [N, S, S, C] float.
+        x: [N, C, S, S] float.
         used: [N] int, how many lines of each hold a picture.
     """
-    count, size = x.shape[:2]
+    count, channels, size = x.shape[:3]
     source = ((torch.arange(size, device=x.device) + 0.5) * (used[:, None] / size) - 0.5).clamp(min=0)  # [N, S]
     low = source.long()
     high = torch.minimum(low + 1, used[:, None] - 1)
-    weight = (source - low)[:, :, None, None]
-    lines, first = x.flatten(0, 1), size * torch.arange(count, device=x.device)[:, None]
-    return (1 - weight) * lines[first + low] + weight * lines[first + high]
+    weight = (source - low)[:, None, :, None]  # [N, S] -> [N, 1, S, 1]
+    lines, first = x.flatten(0, 2), size * torch.arange(count * channels, device=x.device).reshape(count, channels, 1)
+    return (1 - weight) * lines[first + low[:, None]] + weight * lines[first + high[:, None]]

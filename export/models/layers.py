@@ -192,7 +192,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     multiple of 4), and what those mix is put together by the weight that each has in the whole softmax (docs/performance.md).
     """
     if mask is not None or q.shape[1] > 1 or q.shape[3] <= 128 or not on_hopper(v):
-        missing = q.shape[3] - v.shape[3]  # fast kernels take values as wide as keys
+        missing = q.shape[3] - v.shape[3] if v.is_cuda else 0  # fast kernels there take values as wide as keys
         return F.scaled_dot_product_attention(q, k, F.pad(v, (0, missing)) if missing else v, mask)[..., : v.shape[3]]
     shared = {1: 4, 2: 2}.get(q.shape[0], 1) if isinstance(q.shape[0], int) else 1  # a size that varies, in a traced graph, is not known
     q = q.to(v.dtype).expand(-1, shared, -1, -1).contiguous()
