@@ -280,7 +280,7 @@ def _attend_ring_early(  # type: ignore[no-untyped-def]
     sequence, head = pair // HEADS, pair % HEADS
     first = sequence.to(tl.int64) * rows_apart + head * size
     channel = tl.arange(0, PIECE)
-    there = tl.where(ready, channel < PIECE, False)
+    there = tl.where(ready, channel < PIECE, False)  # all of them: a mask of their shape
     cos += sequence * (HEAD // 2)
     sin += sequence * (HEAD // 2)
     dtype: tl.constexpr = keys.dtype.element_ty

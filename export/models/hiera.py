@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ensemble.config import HieraConfig
 
-from .layers import MLP, by_kernels, linear_gelu, small_random, split_heads
+from .layers import MLP, by_kernels, small_random, split_heads
 
 PATCH_STRIDE = 4
 """Pixels from one cell of the first stage to the next."""
@@ -92,7 +92,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = WindowAttention(width, out_width, heads, grid, window, self.pools)
         self.norm2 = nn.LayerNorm(out_width, eps=1e-6)
-        self.mlp = MLP(out_width, 4 * out_width, out_width, 2, linear_gelu)
+        self.mlp = MLP(out_width, 4 * out_width, out_width, 2, gelu=True)
         if self.pools:
             self.proj = nn.Linear(width, out_width)
 

@@ -85,42 +85,33 @@ class LayerNorm2d(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-def linear_relu(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer and ReLU; on a GPU in half precision as `activated_product`."""
-    if not by_kernels(layer.weight):
-        return F.relu(layer(x))
-    return activated_product(x.to(layer.weight.dtype), layer.weight, layer.bias, gelu=False)  # type: ignore[no-any-return]
-
-
 class MLP(nn.Module):
     """Linear layers with an activation between them (sam2_utils.py MLP).
 
     Args:
         width, hidden, out: channels.
         depth: linear layers.
-        activated: every layer but the last with its activation.
+        gelu: between them, instead of ReLU.
     """
 
-    def __init__(
-        self, width: int, hidden: int, out: int, depth: int, activated: Callable[[nn.Linear, Tensor], Tensor] = linear_relu
-    ) -> None:
+    def __init__(self, width: int, hidden: int, out: int, depth: int, gelu: bool = False) -> None:
         super().__init__()
         sizes = [width, *[hidden] * (depth - 1), out]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.activated = activated
+        self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
         for layer in hidden:
-            x = self.activated(layer, x)  # type: ignore[arg-type]
+            x = activated(layer, x, self.gelu)  # type: ignore[arg-type]
         return last(x)  # type: ignore[no-any-return]
 
 
-def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer and exact GELU; on a GPU in half precision as `activated_product`."""
-    if not by_kernels(layer.weight):
-        return F.gelu(layer(x))
-    return activated_product(x.to(layer.weight.dtype), layer.weight, layer.bias, gelu=True)  # type: ignore[no-any-return]
+def activated(layer: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
+    """A linear layer and ReLU, or exact GELU; on a GPU in half precision as `activated_product`."""
+    if by_kernels(layer.weight):
+        return activated_product(x.to(layer.weight.dtype), layer.weight, layer.bias, gelu)  # type: ignore[no-any-return]
+    return F.gelu(layer(x)) if gelu else F.relu(layer(x))
 
 
 @torch.library.custom_op("sparrow::activated_product", mutates_args=())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ensemble import settings
 from ensemble.config import ModelConfig, Sam2Config
 
-from .layers import TEMPERATURE, Attention, Graph, attention, by_kernels, linear_relu, sine_positions, small_random
+from .layers import TEMPERATURE, Attention, Graph, activated, attention, by_kernels, sine_positions, small_random
 
 FRAME_POSITION_SCALE = 0.1
 """Weight of the positions that are added to the frame (memory_attention.py)."""
@@ -104,7 +104,7 @@ class MemoryLayer(nn.Module):
         mixed = attention(q[:, None], k[:, None], values.to(attn.v_proj.weight.dtype), None)  # -> [O, 1, g * g, memory_width]
         x = x + attn.out_proj(attn.v_proj(mixed[:, 0]))
 
-        out: Tensor = x + self.linear2(linear_relu(self.linear1, self.norm3(x)))
+        out: Tensor = x + self.linear2(activated(self.linear1, self.norm3(x)))
         return out
 
 

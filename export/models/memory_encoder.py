@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ensemble import settings
 from ensemble.config import ModelConfig
 
-from .layers import Graph, LayerNorm2d, by_kernels, linear_gelu, small_random
+from .layers import Graph, LayerNorm2d, activated, by_kernels, small_random
 
 MASK_CHANNELS = (1, 4, 16, 64, 256)
 """Channels of the mask at stride 1, 2, 4, 8, 16: each step keeps the number of values."""
@@ -94,7 +94,7 @@ class ConvNextBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[O, C, g, g] -> [O, C, g, g]"""
         y = self.norm(depthwise(self.dwconv, x.permute(0, 2, 3, 1)))  # [O, C, g, g] -> [O, g, g, C]
-        y = self.weight * self.pwconv2(linear_gelu(self.pwconv1, y))
+        y = self.weight * self.pwconv2(activated(self.pwconv1, y, gelu=True))
         out: Tensor = x + y.permute(0, 3, 1, 2)  # [O, g, g, C] -> [O, C, g, g]
         return out
 

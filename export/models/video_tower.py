@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ensemble.config import VideoTowerConfig
 
-from .layers import linear_gelu, small_random
+from .layers import activated, small_random
 
 RMS_NORM_EPS = 1e-6
 
@@ -107,7 +107,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(linear_gelu(self.fc1, x))  # type: ignore[no-any-return]
+        return self.fc2(activated(self.fc1, x, gelu=True))  # type: ignore[no-any-return]
 
 
 class LayerScale(nn.Module):
